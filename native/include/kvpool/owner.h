@@ -1,0 +1,141 @@
+// The daemon's side of a pool: the only writer of index, slot states and tables. One thread owns it; `populate` alone
+// may run on others.
+//
+// Every slot of a namespace's slabs is in one of these states, and the counts add up:
+//
+//   free + writing + ready + doomed == slots        (doomed: forgotten, but a lease still holds the bytes)
+//
+//   prepare_store: FREE -> WRITING     in the index, invisible to readers
+//   complete_store: WRITING -> READY   visible; in the eviction policy unless pinned
+//   evict, drop, expire, clear: READY -> EVICTING -> FREE, or doomed while leased
+//   abort_store, dead owner: WRITING -> FREE
+#pragma once
+
+#include <map>
+#include <memory>
+#include <queue>
+#include <string>
+#include <vector>
+
+#include "kvpool/chains.h"
+#include "kvpool/clients.h"
+#include "kvpool/eviction.h"
+#include "kvpool/index.h"
+#include "kvpool/mapping.h"
+#include "kvpool/slabs.h"
+
+namespace kvpool {
+
+struct StoreOptions {
+    uint32_t expiry_s = 0;  // 0 = never
+    bool pin = false;
+};
+
+struct NamespaceCounts {
+    uint64_t slabs = 0, slots = 0, free = 0, writing = 0, ready = 0, doomed = 0, pinned = 0;
+};
+
+class PoolOwner {
+  public:
+    static std::unique_ptr<PoolOwner> create(const std::string& path, uint64_t size, uint64_t min_slot_bytes,
+                                             unsigned mode, const std::string& policy);
+    // Recovers what an earlier daemon left, and raises the epoch.
+    static std::unique_ptr<PoolOwner> attach(const std::string& path, uint32_t now_s, const std::string& policy);
+
+    PoolFile& file() { return file_; }
+    const PoolFile& file() const { return file_; }
+    ClientTable& clients() { return clients_; }
+
+    void advise_hugepages();
+    void bind_numa(const std::vector<unsigned>& nodes);
+    void populate(uint32_t slab);  // any thread
+    uint32_t populated_slabs() const;
+
+    // std::invalid_argument: another slot size for a known digest, a slot larger than a slab, or a full table.
+    uint32_t add_namespace(const uint8_t* digest, uint32_t slot_bytes, const std::string& description);
+    NamespaceCounts counts(uint32_t name_space) const;
+    // Index, std::runtime_error when the table is full.
+    uint32_t add_client(const std::string& client_id, const std::string& lock_path, int pid, uint32_t name_space);
+    std::vector<std::string> reap_clients(uint32_t now_s, uint32_t grace_s);
+
+    // refs[i] is a WRITING slot for keys[i], or 0: present already, or no room (then also for all that follow).
+    void prepare_store(uint32_t client, const std::vector<BlockKey>& keys, const BlockKey* parent, uint32_t now_s,
+                       const StoreOptions& options, uint64_t* refs);
+    size_t complete_store(uint32_t client, const std::vector<SlotRef>& refs);
+    size_t abort_store(uint32_t client, const std::vector<SlotRef>& refs);
+    size_t keep_writing(uint32_t client, const std::vector<SlotRef>& refs);
+    void touch(const std::vector<SlotRef>& chain);
+    size_t drop(const std::vector<SlotRef>& refs);
+    size_t clear(std::optional<uint32_t> name_space, bool pinned);
+    size_t expire(uint32_t now_s);
+    size_t evict(uint32_t name_space, size_t count);
+
+    std::map<std::string, uint64_t> stats() const;
+    void check_integrity() const;
+
+  private:
+    PoolOwner(PoolFile file, const std::string& policy);
+    void recover(uint32_t now_s);
+    void recover_slot(uint32_t slot, uint32_t name_space);
+    void recover_links();
+
+    SlotHeader& header(uint32_t slot) const { return file_.slots()[slot]; }
+    SlotState state(uint32_t slot) const { return SlotWord::state(header(slot).word.load(std::memory_order_acquire)); }
+    bool is(SlotRef ref, SlotState state) const;
+    bool doomed(uint32_t slot) const { return header(slot).flags.load() & kFlagDoomed; }
+    bool visible(SlotRef ref) const { return is(ref, SlotState::kReady) && !doomed(ref.slot); }
+    bool writes(uint32_t client, SlotRef ref) const {
+        return is(ref, SlotState::kWriting) && header(ref.slot).owner.load() == client;
+    }
+    uint32_t namespace_of(uint32_t slot) const;
+    uint32_t checksum_of(uint32_t slot) const;
+    NamespaceCounts& counts_of(uint32_t slot) { return counts_[namespace_of(slot)]; }
+    EvictionPolicy& policy_of(uint32_t slot) { return *policies_[namespace_of(slot)]; }
+    bool pinned(uint32_t slot) const { return header(slot).flags.load() & kFlagPinned; }
+
+    void start_writing(uint32_t slot, uint32_t client, const BlockKey& key, uint32_t parent_tag,
+                       const StoreOptions& options);
+    void make_ready(uint32_t slot);
+    void enter_policy(uint32_t slot);
+    void free_slot(uint32_t slot);
+    // READY -> FREE unless leased (then READY still, false). `evicted`: for want of room, so the policy remembers it.
+    bool remove_ready(uint32_t slot, bool evicted);
+    void forget(uint32_t slot);  // READY -> FREE, or doomed while leased
+    void bury_doomed();
+    void retire(uint32_t name_space);  // gives empty slabs back, and the namespace if nobody uses it
+    void guard(uint32_t slot);
+    bool guarded(uint32_t slot) const { return guard_[slot] == guard_stamp_; }
+
+    // room.cpp: where free slots come from.
+    uint32_t take_slot(uint32_t name_space, size_t wanted, uint32_t now_s, bool& exhausted);
+    bool make_room(uint32_t name_space, size_t wanted, uint32_t now_s);
+    bool take_slab_from_others(uint32_t name_space, uint32_t now_s);
+    bool empty_slab(uint32_t slab);
+    bool may_lose_slab(uint32_t donor, uint64_t fair_share, uint32_t now_s) const;
+    void refresh_capacity(uint32_t name_space);
+
+    PoolFile file_;
+    std::string policy_name_;
+    ClientTable clients_;
+    Index index_;
+    SlabAllocator slabs_;
+    Chains chains_;
+    std::vector<std::unique_ptr<EvictionPolicy>> policies_;  // by namespace
+    std::vector<NamespaceCounts> counts_;
+    std::vector<uint32_t> idle_since_s_;  // when the last client of a namespace left
+    LazyArray<uint32_t> guard_;           // stamped slots are not evicted during the current call
+    uint32_t guard_stamp_ = 0;
+    std::vector<uint32_t> doomed_;
+    struct Expiry {
+        uint32_t at_s;
+        SlotRef ref;
+        bool operator>(const Expiry& other) const { return at_s > other.at_s; }
+    };
+    std::priority_queue<Expiry, std::vector<Expiry>, std::greater<>> expiries_;
+    struct Counters {
+        uint64_t stored = 0, evicted = 0, expired = 0, dropped = 0, cleared = 0, no_room = 0, duplicates = 0, aborted = 0,
+                 reaped_clients = 0, lease_vetoes = 0, slabs_moved = 0, recovered = 0, discarded = 0;
+    } counters_;
+};
+
+}  // namespace kvpool

@@ -1,0 +1,379 @@
+// Python bindings: they unpack arrays, call the core and pack the answer. No state and no decisions live here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/unique_ptr.h>
+#include <nanobind/stl/vector.h>
+
+#include "kvpool/checksum.h"
+#include "kvpool/copy.h"
+#include "kvpool/leases.h"
+#include "kvpool/owner.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace kvpool {
+namespace {
+
+// A contiguous buffer of n items, borrowed for the duration of a call.
+class Items {
+  public:
+    Items(nb::handle object, size_t item_bytes, const char* name) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
+        if (static_cast<size_t>(view_.len) % item_bytes != 0) {
+            std::string message = std::string(name) + ": " + std::to_string(view_.len) + " bytes are no multiple of " +
+                                  std::to_string(item_bytes);
+            PyBuffer_Release(&view_);
+            throw std::invalid_argument(message);
+        }
+        count_ = static_cast<size_t>(view_.len) / item_bytes;
+    }
+    ~Items() { PyBuffer_Release(&view_); }
+    Items(const Items&) = delete;
+    const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
+    size_t size() const { return count_; }
+
+  private:
+    Py_buffer view_{};
+    size_t count_ = 0;
+};
+
+std::vector<SlotRef> unpack_refs(nb::handle object) {
+    Items items(object, sizeof(uint64_t), "refs");
+    std::vector<SlotRef> refs(items.size());
+    for (size_t i = 0; i < refs.size(); ++i) {
+        uint64_t packed;
+        std::memcpy(&packed, items.data() + i * sizeof(packed), sizeof(packed));
+        refs[i] = SlotRef::unpack(packed);
+    }
+    return refs;
+}
+
+std::vector<BlockKey> unpack_keys(nb::handle object) {
+    Items items(object, kKeyBytes, "keys");
+    std::vector<BlockKey> keys(items.size());
+    for (size_t i = 0; i < keys.size(); ++i) keys[i] = BlockKey::from_bytes(items.data() + i * kKeyBytes);
+    return keys;
+}
+
+std::vector<CopyBlock> unpack_blocks(nb::handle refs_object, nb::handle blocks_object) {
+    std::vector<SlotRef> refs = unpack_refs(refs_object);
+    Items numbers(blocks_object, sizeof(uint32_t), "blocks");
+    if (numbers.size() != refs.size()) throw std::invalid_argument("refs and blocks differ in length");
+    std::vector<CopyBlock> blocks(refs.size());
+    for (size_t i = 0; i < refs.size(); ++i) {
+        blocks[i].ref = refs[i];
+        std::memcpy(&blocks[i].block, numbers.data() + i * sizeof(uint32_t), sizeof(uint32_t));
+    }
+    return blocks;
+}
+
+nb::bytes pack_refs(const std::vector<uint64_t>& refs, size_t count) {
+    return nb::bytes(reinterpret_cast<const char*>(refs.data()), count * sizeof(uint64_t));
+}
+
+nb::bytes derive_keys(nb::bytes mask, nb::handle hashes) {
+    if (mask.size() != kKeyBytes) throw std::invalid_argument("mask: give 32 bytes");
+    Items items(hashes, kKeyBytes, "hashes");
+    BlockKey m = BlockKey::from_bytes(mask.c_str());
+    std::vector<BlockKey> keys(items.size());
+    for (size_t i = 0; i < keys.size(); ++i) {
+        keys[i] = BlockKey::from_bytes(items.data() + i * kKeyBytes);
+        for (size_t w = 0; w < m.words.size(); ++w) keys[i].words[w] ^= m.words[w];
+    }
+    return nb::bytes(reinterpret_cast<const char*>(keys.data()), keys.size() * kKeyBytes);
+}
+
+std::string pool_id_of(const PoolFile& file) { return {file.header().fixed.pool_id, 32}; }
+
+nb::dict describe_namespace(const PoolFile& file, uint32_t index) {
+    const NamespaceEntry& entry = file.namespaces()[index];
+    nb::dict d;
+    d["index"] = index;
+    d["digest"] = nb::bytes(reinterpret_cast<const char*>(entry.digest), sizeof(entry.digest)).attr("hex")();
+    d["slot_bytes"] = entry.slot_bytes.load();
+    d["description"] = std::string(entry.description, strnlen(entry.description, kDescriptionBytes));
+    return d;
+}
+
+nb::list list_namespaces(const PoolOwner& owner) {
+    nb::list result;
+    for (uint32_t i = 0; i < kMaxNamespaces; ++i) {
+        if (owner.file().namespaces()[i].active.load() == 0) continue;
+        nb::dict d = describe_namespace(owner.file(), i);
+        NamespaceCounts c = owner.counts(i);
+        d["slabs"] = c.slabs;
+        d["slots"] = c.slots;
+        d["free"] = c.free;
+        d["writing"] = c.writing;
+        d["ready"] = c.ready;
+        d["doomed"] = c.doomed;
+        d["pinned"] = c.pinned;
+        result.append(d);
+    }
+    return result;
+}
+
+nb::list list_clients(const PoolFile& file, const ClientTable& clients) {
+    nb::list result;
+    for (uint32_t i : clients.all()) {
+        nb::dict d;
+        d["index"] = i;
+        d["client_id"] = clients.id(i);
+        d["pid"] = file.clients()[i].pid.load();
+        d["namespace"] = clients.name_space(i);
+        d["leases"] = count_leases(file, i);
+        result.append(d);
+    }
+    return result;
+}
+
+// A client's view: the mapping, and the leases once the daemon gave it a bitmap.
+struct PoolView {
+    std::shared_ptr<PoolFile> file;
+    IndexReader index;
+    std::unique_ptr<LeaseTable> leases;
+
+    explicit PoolView(const std::string& path)
+        : file(std::make_shared<PoolFile>(PoolFile::open(path))), index(*file) {}
+
+    nb::bytes match_prefix(nb::handle keys_object, uint32_t now_s) const {
+        Items keys(keys_object, kKeyBytes, "keys");
+        std::vector<uint64_t> refs(keys.size());
+        return pack_refs(refs, index.match_prefix(keys.data(), keys.size(), now_s, refs.data()));
+    }
+    nb::bytes valid(nb::handle refs_object) const {
+        std::string mask;
+        for (SlotRef ref : unpack_refs(refs_object)) {
+            bool known = !ref.none() && ref.slot < file->geometry().num_slots();
+            mask += known && file->slots()[ref.slot].word.load() == SlotWord::make(ref.generation, SlotState::kReady);
+        }
+        return nb::bytes(mask.data(), mask.size());
+    }
+    void attach_client(uint32_t client) {
+        if (leases != nullptr && leases->held() > 0) throw std::runtime_error("attach_client: leases are held");
+        if (client >= kMaxClients) throw std::invalid_argument("client: no such bitmap");
+        leases = std::make_unique<LeaseTable>(*file, client);
+    }
+    LeaseTable& table() const {
+        if (leases == nullptr) throw std::runtime_error("attach_client comes first");
+        return *leases;
+    }
+    nb::bytes lease(nb::handle refs_object) const {
+        std::string mask;
+        for (SlotRef ref : unpack_refs(refs_object)) mask += static_cast<char>(table().take(ref));
+        return nb::bytes(mask.data(), mask.size());
+    }
+    void release(nb::handle refs_object) const {
+        for (SlotRef ref : unpack_refs(refs_object)) table().release(ref);
+    }
+    nb::object payload(uint64_t packed) const {
+        SlotRef ref = SlotRef::unpack(packed);
+        if (ref.none() || ref.slot >= file->geometry().num_slots()) throw std::invalid_argument("ref: no such slot");
+        auto bytes = static_cast<Py_ssize_t>(file->slabs()[file->slab_of(ref.slot)].slot_bytes.load());
+        auto data = reinterpret_cast<char*>(file->payload(ref.slot));
+        return nb::steal(PyMemoryView_FromMemory(data, bytes, PyBUF_WRITE));
+    }
+    nb::dict info() const {
+        const Geometry& g = file->geometry();
+        const FileHeader& header = file->header();
+        nb::list namespaces, clients;
+        for (uint32_t i = 0; i < kMaxNamespaces; ++i) {
+            if (file->namespaces()[i].active.load() != 0) namespaces.append(describe_namespace(*file, i));
+        }
+        uint32_t active = 0;
+        for (uint32_t i = 0; i < kMaxClients; ++i) active += file->clients()[i].active.load() != 0;
+        nb::dict d;
+        d["size"] = g.size;
+        d["slab_bytes"] = g.slab_bytes;
+        d["num_slabs"] = g.num_slabs;
+        d["min_slot_bytes"] = g.min_slot_bytes;
+        d["pool_id"] = pool_id_of(*file);
+        d["epoch"] = header.epoch.load();
+        d["pid"] = header.daemon_pid.load();
+        d["heartbeat_ms"] = header.heartbeat_ms.load();
+        d["format_version"] = header.format_version;
+        d["clients"] = active;
+        d["namespaces"] = namespaces;
+        return d;
+    }
+};
+
+std::vector<Region> make_regions(const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& tuples) {
+    std::vector<Region> regions;
+    for (auto [base, stride, bytes] : tuples) regions.push_back({reinterpret_cast<uint8_t*>(base), stride, bytes});
+    return regions;
+}
+
+// Keeps the mapping alive for as long as its threads may touch it.
+struct PyCopyEngine {
+    std::vector<Region> regions;
+    CopyEngine engine;
+
+    PyCopyEngine(const PoolView& view, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& tuples,
+                 uint64_t shard_offset, uint32_t checksum, unsigned threads)
+        : regions(make_regions(tuples)), engine(view.file, regions, shard_offset, checksum, threads) {}
+
+    nb::list poll() {
+        nb::list result;
+        for (const FinishedCopy& done : engine.poll()) {
+            nb::bytes status(reinterpret_cast<const char*>(done.status.data()), done.status.size());
+            result.append(nb::make_tuple(done.job, status, done.nanoseconds));
+        }
+        return result;
+    }
+};
+
+void bind_owner(nb::module_& m) {
+    nb::class_<PoolOwner>(m, "PoolOwner")
+        .def_static("create", &PoolOwner::create, "path"_a, "size"_a, "min_slot_bytes"_a = 65536, nb::kw_only(),
+                    "mode"_a = 0600, "policy"_a = "")
+        .def_static("attach", &PoolOwner::attach, "path"_a, nb::kw_only(), "now_s"_a, "policy"_a = "",
+                    nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("path", [](PoolOwner& o) { return o.file().path(); })
+        .def_prop_ro("epoch", [](PoolOwner& o) { return o.file().header().epoch.load(); })
+        .def_prop_ro("pool_id", [](PoolOwner& o) { return pool_id_of(o.file()); })
+        .def_prop_ro("size", [](PoolOwner& o) { return o.file().geometry().size; })
+        .def_prop_ro("slab_bytes", [](PoolOwner& o) { return o.file().geometry().slab_bytes; })
+        .def_prop_ro("num_slabs", [](PoolOwner& o) { return o.file().geometry().num_slabs; })
+        .def_prop_ro("min_slot_bytes", [](PoolOwner& o) { return o.file().geometry().min_slot_bytes; })
+        .def_prop_ro("populated_slabs", &PoolOwner::populated_slabs)
+        .def("advise_hugepages", &PoolOwner::advise_hugepages)
+        .def("bind_numa", &PoolOwner::bind_numa, "nodes"_a)
+        .def("populate", &PoolOwner::populate, "slab"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "add_namespace",
+            [](PoolOwner& o, nb::bytes digest, uint32_t slot_bytes, const std::string& description) {
+                if (digest.size() != 32) throw std::invalid_argument("digest: give 32 bytes");
+                return o.add_namespace(static_cast<const uint8_t*>(digest.data()), slot_bytes, description);
+            },
+            "digest"_a, "slot_bytes"_a, "description"_a)
+        .def("namespaces", &list_namespaces)
+        .def("add_client", &PoolOwner::add_client, "client_id"_a, "lock_path"_a, "pid"_a, "namespace"_a)
+        .def("clients", [](PoolOwner& o) { return list_clients(o.file(), o.clients()); })
+        .def("reap_clients", &PoolOwner::reap_clients, "now_s"_a, "grace_s"_a)
+        .def(
+            "prepare_store",
+            [](PoolOwner& o, uint32_t client, nb::handle keys_object, nb::bytes parent, uint32_t now_s,
+               uint32_t expiry_s, bool pin) {
+                std::vector<BlockKey> keys = unpack_keys(keys_object);
+                std::optional<BlockKey> above;
+                if (parent.size() == kKeyBytes) above = BlockKey::from_bytes(parent.data());
+                if (!above && parent.size() != 0) throw std::invalid_argument("parent: give 32 bytes or none");
+                std::vector<uint64_t> refs(keys.size());
+                o.prepare_store(client, keys, above ? &*above : nullptr, now_s, {expiry_s, pin}, refs.data());
+                return pack_refs(refs, refs.size());
+            },
+            "client"_a, "keys"_a, "parent"_a, "now_s"_a, nb::kw_only(), "expiry_s"_a = 0, "pin"_a = false)
+        .def("complete_store",
+             [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.complete_store(client, unpack_refs(refs)); },
+             "client"_a, "refs"_a)
+        .def("abort_store",
+             [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.abort_store(client, unpack_refs(refs)); },
+             "client"_a, "refs"_a)
+        .def("keep_writing",
+             [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.keep_writing(client, unpack_refs(refs)); },
+             "client"_a, "refs"_a)
+        .def("touch", [](PoolOwner& o, nb::handle refs) { o.touch(unpack_refs(refs)); }, "refs"_a)
+        .def("drop", [](PoolOwner& o, nb::handle refs) { return o.drop(unpack_refs(refs)); }, "refs"_a)
+        .def("clear",
+             [](PoolOwner& o, int name_space, bool pinned) {
+                 return o.clear(name_space < 0 ? std::nullopt : std::optional<uint32_t>(name_space), pinned);
+             },
+             "namespace"_a = -1, nb::kw_only(), "pinned"_a = true)
+        .def("expire", &PoolOwner::expire, "now_s"_a)
+        .def("evict", &PoolOwner::evict, "namespace"_a, "count"_a)
+        .def("beat",
+             [](PoolOwner& o, uint64_t now_ms, int64_t pid) {
+                 o.file().header().heartbeat_ms.store(now_ms);
+                 o.file().header().daemon_pid.store(pid);
+             },
+             "now_ms"_a, "pid"_a)
+        .def("stats",
+             [](PoolOwner& o) {
+                 nb::dict d;
+                 for (auto& [name, value] : o.stats()) d[name.c_str()] = value;
+                 return d;
+             })
+        .def("check_integrity", &PoolOwner::check_integrity);
+}
+
+void bind_view(nb::module_& m) {
+    nb::class_<PoolView>(m, "PoolView")
+        .def_static("open", [](const std::string& path) { return std::make_unique<PoolView>(path); }, "path"_a)
+        .def_prop_ro("path", [](PoolView& v) { return v.file->path(); })
+        .def_prop_ro("pool_id", [](PoolView& v) { return pool_id_of(*v.file); })
+        .def_prop_ro("epoch", [](PoolView& v) { return v.file->header().epoch.load(); })
+        .def_prop_ro("num_slots", [](PoolView& v) { return v.file->geometry().num_slots(); })
+        .def("info", &PoolView::info)
+        .def("match_prefix", &PoolView::match_prefix, "keys"_a, "now_s"_a)
+        .def("valid", &PoolView::valid, "refs"_a)
+        .def("attach_client", &PoolView::attach_client, "client"_a)
+        .def("lease", &PoolView::lease, "refs"_a)
+        .def("release", &PoolView::release, "refs"_a)
+        .def_prop_ro("leased_slots", [](PoolView& v) { return v.leases == nullptr ? 0 : v.leases->held(); })
+        .def("payload", &PoolView::payload, "ref"_a, nb::keep_alive<0, 1>())
+        .def("check_integrity", [](PoolView& v) {
+            if (v.leases != nullptr) v.leases->check_integrity();
+        });
+}
+
+void bind_copy(nb::module_& m) {
+    nb::class_<PyCopyEngine>(m, "CopyEngine")
+        .def(nb::init<const PoolView&, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>&, uint64_t, uint32_t,
+                      unsigned>(),
+             "view"_a, "regions"_a, "shard_offset"_a, "checksum"_a, "threads"_a = 2)
+        .def_prop_ro("shard_bytes", [](PyCopyEngine& c) { return CopyEngine::shard_bytes(c.regions); })
+        .def("submit_store",
+             [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
+                 return c.engine.submit(Direction::kStore, unpack_blocks(refs, blocks));
+             },
+             "refs"_a, "blocks"_a)
+        .def("submit_load",
+             [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
+                 return c.engine.submit(Direction::kLoad, unpack_blocks(refs, blocks));
+             },
+             "refs"_a, "blocks"_a)
+        .def("poll", &PyCopyEngine::poll)
+        .def("cancel", [](PyCopyEngine& c, uint64_t job) { c.engine.cancel(job); }, "job"_a,
+             nb::call_guard<nb::gil_scoped_release>())
+        .def("close", [](PyCopyEngine& c) { c.engine.close(); }, nb::call_guard<nb::gil_scoped_release>());
+    m.attr("COPY_OK") = static_cast<int>(CopyStatus::kOk);
+    m.attr("COPY_STALE") = static_cast<int>(CopyStatus::kStale);
+    m.attr("COPY_CHECKSUM") = static_cast<int>(CopyStatus::kChecksum);
+    m.attr("COPY_CANCELLED") = static_cast<int>(CopyStatus::kCancelled);
+}
+
+}  // namespace
+}  // namespace kvpool
+
+NB_MODULE(_native, m) {
+    using namespace kvpool;
+    nb::exception<PoolFormatError>(m, "PoolFormatError");
+    nb::exception<IntegrityError>(m, "IntegrityError", PyExc_AssertionError);
+    nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+        try {
+            std::rethrow_exception(p);
+        } catch (const std::system_error& e) {
+            // OSError(errno, text), so that Python picks FileNotFoundError and its like
+            nb::object args = nb::make_tuple(e.code().value(), e.what());
+            PyErr_SetObject(PyExc_OSError, args.ptr());
+        }
+    });
+    m.attr("FORMAT_VERSION") = kFormatVersion;
+    m.attr("MAX_CLIENTS") = kMaxClients;
+    m.attr("MAX_NAMESPACES") = kMaxNamespaces;
+    m.def("crc32c",
+          [](nb::handle data, uint32_t seed) {
+              Items bytes(data, 1, "data");
+              return crc32c(bytes.data(), bytes.size(), seed);
+          },
+          "data"_a, "seed"_a = 0);
+    m.def("derive_keys", &derive_keys, "mask"_a, "hashes"_a);
+    bind_owner(m);
+    bind_view(m);
+    bind_copy(m);
+}

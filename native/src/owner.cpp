@@ -1,0 +1,330 @@
+#include "kvpool/owner.h"
+
+#include <algorithm>
+
+#include "kvpool/checksum.h"
+#include "kvpool/leases.h"
+
+namespace kvpool {
+
+std::unique_ptr<PoolOwner> PoolOwner::create(const std::string& path, uint64_t size, uint64_t min_slot_bytes,
+                                             unsigned mode, const std::string& policy) {
+    Geometry geometry = Geometry::plan(size, min_slot_bytes);
+    return std::unique_ptr<PoolOwner>(new PoolOwner(PoolFile::create(path, geometry, mode), policy));
+}
+
+PoolOwner::PoolOwner(PoolFile file, const std::string& policy)
+    : file_(std::move(file)), policy_name_(policy), clients_(file_), index_(file_), slabs_(file_),
+      chains_(file_.geometry().num_slots()), policies_(kMaxNamespaces), counts_(kMaxNamespaces),
+      idle_since_s_(kMaxNamespaces), guard_(file_.geometry().num_slots()) {
+    make_policy(policy_name_, 1);  // an unknown name fails here, not at the first store
+}
+
+// namespaces and clients ------------------------------------------------------------------------------------------
+
+uint32_t PoolOwner::add_namespace(const uint8_t* digest, uint32_t slot_bytes, const std::string& description) {
+    NamespaceEntry* table = file_.namespaces();
+    uint32_t place = kMaxNamespaces;
+    for (uint32_t i = kMaxNamespaces; i-- > 0;) {
+        if (table[i].active.load() == 0) {
+            place = i;
+        } else if (std::memcmp(table[i].digest, digest, sizeof(table[i].digest)) == 0) {
+            if (table[i].slot_bytes.load() == slot_bytes) return i;
+            throw std::invalid_argument("slot_bytes = " + std::to_string(slot_bytes) + ": this namespace has " +
+                                        std::to_string(table[i].slot_bytes.load()));
+        }
+    }
+    if (slot_bytes == 0 || slot_bytes > file_.geometry().slab_bytes) {
+        throw std::invalid_argument("slot_bytes = " + std::to_string(slot_bytes) + ": a slab has " +
+                                    std::to_string(file_.geometry().slab_bytes) + " bytes; use a larger pool");
+    }
+    if (place == kMaxNamespaces) throw std::invalid_argument("namespace: the pool has 64 already; clear it");
+    NamespaceEntry& entry = table[place];
+    std::memcpy(entry.digest, digest, sizeof(entry.digest));
+    size_t length = std::min(description.size(), kDescriptionBytes - 1);
+    std::memcpy(entry.description, description.data(), length);
+    entry.description[length] = 0;
+    entry.slot_bytes.store(slot_bytes);
+    entry.active.store(1, std::memory_order_release);
+    policies_[place] = make_policy(policy_name_, file_.geometry().num_slots());
+    return place;
+}
+
+uint32_t PoolOwner::add_client(const std::string& client_id, const std::string& lock_path, int pid,
+                               uint32_t name_space) {
+    auto client = clients_.add(client_id, lock_path, pid, name_space);
+    if (!client) throw std::runtime_error("the pool has " + std::to_string(kMaxClients) + " clients already");
+    return *client;
+}
+
+std::vector<std::string> PoolOwner::reap_clients(uint32_t now_s, uint32_t grace_s) {
+    std::vector<std::string> reaped;
+    for (uint32_t client : clients_.dead(now_s, grace_s)) {
+        reaped.push_back(clients_.id(client));
+        idle_since_s_[clients_.name_space(client)] = now_s;
+        keep_writing(client, {});
+        clients_.remove(client);
+        ++counters_.reaped_clients;
+    }
+    if (!reaped.empty()) bury_doomed();
+    return reaped;
+}
+
+// slots -----------------------------------------------------------------------------------------------------------
+
+bool PoolOwner::is(SlotRef ref, SlotState wanted) const {
+    return !ref.none() && ref.slot < file_.geometry().num_slots() &&
+           header(ref.slot).word.load(std::memory_order_acquire) == SlotWord::make(ref.generation, wanted);
+}
+
+uint32_t PoolOwner::namespace_of(uint32_t slot) const {
+    return file_.slabs()[file_.slab_of(slot)].owner.load(std::memory_order_relaxed) - 1;
+}
+
+uint32_t PoolOwner::checksum_of(uint32_t slot) const {
+    const SlotHeader& h = header(slot);
+    struct {
+        BlockKey key;
+        uint32_t generation, length, expiry_s, parent_tag, flags;
+    } covered{h.load_key(),          SlotWord::generation(h.word.load()), h.length.load(), h.expiry_s.load(),
+              h.parent_tag.load(), h.flags.load()};
+    return crc32c(&covered, offsetof(decltype(covered), flags) + sizeof(covered.flags), slot);
+}
+
+void PoolOwner::start_writing(uint32_t slot, uint32_t client, const BlockKey& key, uint32_t parent_tag,
+                              const StoreOptions& options) {
+    SlotHeader& h = header(slot);
+    uint32_t generation = SlotWord::generation(h.word.load(std::memory_order_relaxed)) + 1;
+    if (generation == 0) generation = 1;
+    h.word.store(SlotWord::make(generation, SlotState::kWriting), std::memory_order_seq_cst);
+    h.store_key(key);
+    h.length.store(file_.slabs()[file_.slab_of(slot)].slot_bytes.load(), std::memory_order_release);
+    h.expiry_s.store(options.expiry_s, std::memory_order_release);
+    h.parent_tag.store(parent_tag, std::memory_order_release);
+    h.flags.store(options.pin ? kFlagPinned : 0, std::memory_order_release);
+    h.owner.store(static_cast<uint16_t>(client), std::memory_order_release);
+    index_.insert(key, slot);
+    ++counts_of(slot).writing;
+}
+
+void PoolOwner::make_ready(uint32_t slot) {
+    SlotHeader& h = header(slot);
+    uint32_t generation = SlotWord::generation(h.word.load(std::memory_order_relaxed));
+    h.checksum.store(checksum_of(slot), std::memory_order_release);
+    h.word.store(SlotWord::make(generation, SlotState::kReady), std::memory_order_seq_cst);
+    NamespaceCounts& counts = counts_of(slot);
+    --counts.writing;
+    ++counts.ready;
+    enter_policy(slot);
+}
+
+void PoolOwner::enter_policy(uint32_t slot) {
+    SlotHeader& h = header(slot);
+    uint32_t expiry_s = h.expiry_s.load();
+    if (expiry_s != 0) expiries_.push({expiry_s, {slot, SlotWord::generation(h.word.load())}});
+    if (pinned(slot)) {
+        ++counts_of(slot).pinned;
+    } else {
+        policy_of(slot).insert(slot, h.load_key().hash());
+    }
+}
+
+void PoolOwner::free_slot(uint32_t slot) {
+    SlotHeader& h = header(slot);
+    uint32_t generation = SlotWord::generation(h.word.load(std::memory_order_relaxed));
+    h.word.store(SlotWord::make(generation, SlotState::kFree), std::memory_order_seq_cst);
+    slabs_.give(slot);
+}
+
+bool PoolOwner::remove_ready(uint32_t slot, bool evicted) {
+    SlotHeader& h = header(slot);
+    uint64_t ready = h.word.load(std::memory_order_relaxed);
+    h.word.store(SlotWord::make(SlotWord::generation(ready), SlotState::kEvicting), std::memory_order_seq_cst);
+    if (is_leased(file_, slot)) {
+        h.word.store(ready, std::memory_order_seq_cst);
+        ++counters_.lease_vetoes;
+        return false;
+    }
+    index_.erase(h.load_key(), slot);
+    chains_.unlink(slot);
+    NamespaceCounts& counts = counts_of(slot);
+    if (pinned(slot)) {
+        --counts.pinned;
+    } else if (evicted) {
+        policy_of(slot).evicted(slot);
+    } else {
+        policy_of(slot).erase(slot);
+    }
+    --counts.ready;
+    free_slot(slot);
+    return true;
+}
+
+void PoolOwner::forget(uint32_t slot) {
+    if (remove_ready(slot, false)) return;
+    SlotHeader& h = header(slot);
+    index_.erase(h.load_key(), slot);
+    chains_.unlink(slot);
+    NamespaceCounts& counts = counts_of(slot);
+    if (pinned(slot)) {
+        --counts.pinned;
+    } else {
+        policy_of(slot).erase(slot);
+    }
+    --counts.ready;
+    ++counts.doomed;
+    h.flags.store(kFlagDoomed, std::memory_order_release);
+    doomed_.push_back(slot);
+}
+
+void PoolOwner::bury_doomed() {
+    auto still_leased = [this](uint32_t slot) {
+        if (is_leased(file_, slot)) return true;
+        --counts_of(slot).doomed;
+        free_slot(slot);
+        return false;
+    };
+    doomed_.erase(std::partition(doomed_.begin(), doomed_.end(), still_leased), doomed_.end());
+}
+
+// the verbs -------------------------------------------------------------------------------------------------------
+
+void PoolOwner::guard(uint32_t slot) { guard_[slot] = guard_stamp_; }
+
+void PoolOwner::prepare_store(uint32_t client, const std::vector<BlockKey>& keys, const BlockKey* parent,
+                              uint32_t now_s, const StoreOptions& options, uint64_t* refs) {
+    uint32_t name_space = clients_.name_space(client);
+    ++guard_stamp_;
+    uint32_t above = parent != nullptr ? index_.find(*parent) : kNoSlot;
+    uint32_t above_tag = parent != nullptr ? parent->tag() : 0;
+    if (above != kNoSlot) guard(above);
+    bool exhausted = false;
+    for (size_t i = 0; i < keys.size(); ++i) {
+        refs[i] = 0;
+        uint32_t slot = index_.find(keys[i]);
+        if (slot != kNoSlot) {
+            ++counters_.duplicates;
+        } else if (!exhausted && (slot = take_slot(name_space, keys.size() - i, now_s, exhausted)) != kNoSlot) {
+            start_writing(slot, client, keys[i], above_tag, options);
+            if (above != kNoSlot) chains_.link(slot, above);
+            refs[i] = SlotRef{slot, SlotWord::generation(header(slot).word.load())}.pack();
+        } else {
+            // A chain with a hole is worth nothing behind it.
+            exhausted = true;
+            ++counters_.no_room;
+        }
+        if (slot != kNoSlot) guard(slot);
+        above = slot;
+        above_tag = keys[i].tag();
+    }
+}
+
+size_t PoolOwner::complete_store(uint32_t client, const std::vector<SlotRef>& refs) {
+    // From tail to head, so that the head is the newest and the tail goes first.
+    size_t ready = 0;
+    for (auto ref = refs.rbegin(); ref != refs.rend(); ++ref) {
+        if (writes(client, *ref)) {
+            make_ready(ref->slot);
+            ++counters_.stored;
+        }
+        ready += is(*ref, SlotState::kReady);
+    }
+    return ready;
+}
+
+size_t PoolOwner::abort_store(uint32_t client, const std::vector<SlotRef>& refs) {
+    size_t aborted = 0;
+    for (SlotRef ref : refs) {
+        if (!writes(client, ref)) continue;
+        index_.erase(header(ref.slot).load_key(), ref.slot);
+        chains_.unlink(ref.slot);
+        --counts_of(ref.slot).writing;
+        free_slot(ref.slot);
+        ++aborted;
+    }
+    counters_.aborted += aborted;
+    return aborted;
+}
+
+size_t PoolOwner::keep_writing(uint32_t client, const std::vector<SlotRef>& refs) {
+    ++guard_stamp_;
+    for (SlotRef ref : refs) {
+        if (ref.slot < file_.geometry().num_slots()) guard(ref.slot);
+    }
+    std::vector<SlotRef> given_up;
+    for (uint32_t ns = 0; ns < kMaxNamespaces; ++ns) {
+        if (counts_[ns].writing == 0) continue;
+        for (uint32_t slab : slabs_.slabs_of(ns)) {
+            slabs_.for_each_slot(slab, [&](uint32_t slot) {
+                SlotRef ref{slot, SlotWord::generation(header(slot).word.load(std::memory_order_relaxed))};
+                if (writes(client, ref) && !guarded(slot)) given_up.push_back(ref);
+            });
+        }
+    }
+    return abort_store(client, given_up);
+}
+
+void PoolOwner::touch(const std::vector<SlotRef>& chain) {
+    for (size_t i = chain.size(); i-- > 0;) {
+        if (!visible(chain[i])) continue;
+        uint32_t slot = chain[i].slot;
+        if (!pinned(slot)) policy_of(slot).hit(slot);
+        // A block whose parent was dropped and stored again finds it here.
+        bool orphan = i > 0 && chains_.parent(slot) == kNoSlot && visible(chain[i - 1]);
+        if (orphan && namespace_of(chain[i - 1].slot) == namespace_of(slot)) chains_.link(slot, chain[i - 1].slot);
+    }
+}
+
+size_t PoolOwner::drop(const std::vector<SlotRef>& refs) {
+    size_t dropped = 0;
+    for (SlotRef ref : refs) {
+        if (!visible(ref)) continue;
+        forget(ref.slot);
+        ++dropped;
+    }
+    counters_.dropped += dropped;
+    return dropped;
+}
+
+size_t PoolOwner::clear(std::optional<uint32_t> name_space, bool with_pinned) {
+    size_t cleared = 0;
+    for (uint32_t ns = 0; ns < kMaxNamespaces; ++ns) {
+        if (name_space && *name_space != ns) continue;
+        for (uint32_t slab : slabs_.slabs_of(ns)) {
+            slabs_.for_each_slot(slab, [&](uint32_t slot) {
+                bool stays = state(slot) != SlotState::kReady || doomed(slot) || (pinned(slot) && !with_pinned);
+                if (!stays) cleared += remove_ready(slot, false);
+            });
+        }
+        retire(ns);
+    }
+    counters_.cleared += cleared;
+    return cleared;
+}
+
+void PoolOwner::retire(uint32_t name_space) {
+    if (policies_[name_space] == nullptr) return;
+    for (uint32_t slab : std::vector<uint32_t>(slabs_.slabs_of(name_space))) {
+        if (slabs_.used(slab) == 0) slabs_.unassign(slab);
+    }
+    bool in_use = !slabs_.slabs_of(name_space).empty();
+    for (uint32_t client : clients_.all()) in_use = in_use || clients_.name_space(client) == name_space;
+    if (in_use) return refresh_capacity(name_space);
+    policies_[name_space] = nullptr;
+    file_.namespaces()[name_space].active.store(0, std::memory_order_release);
+}
+
+size_t PoolOwner::expire(uint32_t now_s) {
+    size_t expired = 0;
+    for (; !expiries_.empty() && expiries_.top().at_s <= now_s; expiries_.pop()) {
+        SlotRef ref = expiries_.top().ref;
+        if (!visible(ref)) continue;
+        forget(ref.slot);
+        ++expired;
+    }
+    counters_.expired += expired;
+    bury_doomed();
+    return expired;
+}
+
+}  // namespace kvpool

@@ -1,0 +1,124 @@
+// What a pool says of itself, and how it checks itself.
+#include <linux/mempolicy.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include "kvpool/owner.h"
+
+namespace kvpool {
+
+NamespaceCounts PoolOwner::counts(uint32_t name_space) const {
+    NamespaceCounts counts = counts_[name_space];
+    counts.slabs = slabs_.slabs_of(name_space).size();
+    counts.slots = slabs_.num_slots(name_space);
+    counts.free = counts.slots - slabs_.used_slots(name_space);
+    return counts;
+}
+
+std::map<std::string, uint64_t> PoolOwner::stats() const {
+    NamespaceCounts sum;
+    for (const NamespaceCounts& c : counts_) {
+        sum.writing += c.writing;
+        sum.ready += c.ready;
+        sum.doomed += c.doomed;
+        sum.pinned += c.pinned;
+    }
+    const Counters& c = counters_;
+    return {{"writing", sum.writing},
+            {"ready", sum.ready},
+            {"doomed", sum.doomed},
+            {"pinned", sum.pinned},
+            {"populated_slabs", populated_slabs()},
+            {"unassigned_slabs", slabs_.unassigned_populated()},
+            {"stored", c.stored},
+            {"evicted", c.evicted},
+            {"expired", c.expired},
+            {"dropped", c.dropped},
+            {"cleared", c.cleared},
+            {"no_room", c.no_room},
+            {"duplicates", c.duplicates},
+            {"aborted", c.aborted},
+            {"reaped_clients", c.reaped_clients},
+            {"lease_vetoes", c.lease_vetoes},
+            {"slabs_moved", c.slabs_moved},
+            {"recovered", c.recovered},
+            {"discarded", c.discarded}};
+}
+
+void PoolOwner::check_integrity() const {
+    slabs_.check_integrity();
+    size_t indexed = 0;
+    for (uint32_t ns = 0; ns < kMaxNamespaces; ++ns) {
+        NamespaceCounts seen;
+        uint64_t in_policy = 0;
+        for (uint32_t slab : slabs_.slabs_of(ns)) {
+            slabs_.for_each_slot(slab, [&](uint32_t slot) {
+                SlotState now = state(slot);
+                ensure(now != SlotState::kEvicting, "a slot is EVICTING between two calls");
+                if (now == SlotState::kFree) return;
+                if (header(slot).flags.load() & kFlagDoomed) {
+                    ++seen.doomed;
+                    return;
+                }
+                ensure(index_.find(header(slot).load_key()) == slot, "a used slot is not in the index under its key");
+                chains_.check_integrity(slot);
+                ++(now == SlotState::kReady ? seen.ready : seen.writing);
+                if (now != SlotState::kReady) return;
+                ensure(header(slot).checksum.load() == checksum_of(slot), "header checksum of a READY slot");
+                seen.pinned += pinned(slot);
+                bool tracked = policies_[ns]->contains(slot);
+                ensure(tracked != pinned(slot), "the policy knows the READY slots that are not pinned, and no others");
+                in_policy += tracked;
+            });
+        }
+        const NamespaceCounts& c = counts_[ns];
+        ensure(seen.ready == c.ready && seen.writing == c.writing && seen.doomed == c.doomed, "counts of slots");
+        ensure(seen.pinned == c.pinned, "count of pinned slots");
+        ensure(c.ready + c.writing + c.doomed == slabs_.used_slots(ns), "ready + writing + doomed == used");
+        indexed += c.ready + c.writing;
+        if (policies_[ns] == nullptr) continue;
+        policies_[ns]->check_integrity();
+        ensure(policies_[ns]->size() == in_policy, "size of the policy");
+    }
+    ensure(index_.size() == indexed, "size of the index");
+}
+
+// memory ----------------------------------------------------------------------------------------------------------
+
+void PoolOwner::advise_hugepages() {
+    const Geometry& g = file_.geometry();
+    if (madvise(file_.base() + g.slabs_at, g.end - g.slabs_at, MADV_HUGEPAGE) != 0) throw_errno("madvise(MADV_HUGEPAGE)");
+}
+
+void PoolOwner::bind_numa(const std::vector<unsigned>& nodes) {
+    unsigned long mask[16] = {};
+    for (unsigned node : nodes) {
+        if (node >= sizeof(mask) * 8) throw std::invalid_argument("numa: node " + std::to_string(node));
+        mask[node / (8 * sizeof(long))] |= 1ul << (node % (8 * sizeof(long)));
+    }
+    const Geometry& g = file_.geometry();
+    long mode = nodes.size() == 1 ? MPOL_BIND : MPOL_INTERLEAVE;
+    long rc = syscall(SYS_mbind, file_.base() + g.slabs_at, g.end - g.slabs_at, mode, mask, sizeof(mask) * 8, 0);
+    if (rc != 0) throw_errno("mbind");
+}
+
+void PoolOwner::populate(uint32_t slab) {
+    const Geometry& g = file_.geometry();
+    if (slab >= g.num_slabs) throw std::invalid_argument("slab " + std::to_string(slab));
+    file_.populate(g.slots_at + slab * g.slots_per_slab * sizeof(SlotHeader), g.slots_per_slab * sizeof(SlotHeader));
+    file_.populate(g.slab_at(slab), g.slab_bytes);
+    file_.slabs()[slab].populated.store(1, std::memory_order_release);
+}
+
+uint32_t PoolOwner::populated_slabs() const {
+    uint32_t count = 0;
+    for (uint64_t slab = 0; slab < file_.geometry().num_slabs; ++slab) {
+        count += file_.slabs()[slab].populated.load(std::memory_order_acquire) != 0;
+    }
+    return count;
+}
+
+}  // namespace kvpool

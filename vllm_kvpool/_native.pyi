@@ -1,0 +1,165 @@
+"""The native core: pool file, index, leases, eviction, checksums and copies.
+
+Conventions of this boundary
+----------------------------
+*Arrays travel as bytes.* `keys` is n x 32 bytes; `refs` is n little-endian `uint64` slot references (any
+contiguous buffer is accepted, `bytes` is returned). One call handles one batch; there is no per-block call.
+
+*A slot reference* (`ref`) is `generation << 32 | slot index`. `0` means "no slot". A reference is stale, and every
+use of it a miss, once the slot's generation has moved on.
+
+*Time is an argument.* `now_s` is seconds of CLOCK_BOOTTIME (it survives processes, not reboots: as the pool does).
+
+Errors: `PoolFormatError` (not a pool, other format version, size changed, corrupt header), `OSError` (the kernel
+said no: ENOSPC, EACCES ...), `ValueError` (an argument of the wrong shape).
+"""
+
+from typing_extensions import Buffer
+
+FORMAT_VERSION: int
+MAX_CLIENTS: int
+MAX_NAMESPACES: int
+
+class PoolFormatError(Exception): ...
+
+class IntegrityError(AssertionError):
+    """A broken invariant of the core itself."""
+
+def crc32c(data: Buffer, seed: int = 0) -> int:
+    """CRC-32C (Castagnoli) of `data`; hardware instructions where the processor has them."""
+
+def derive_keys(mask: bytes, hashes: Buffer) -> bytes:
+    """Block keys (n x 32 bytes) of n x 32-byte block hashes: each hash XOR the 32-byte `mask` (see keys.py)."""
+
+class PoolOwner:
+    """The daemon's side of a pool: the only writer of index, slot states and tables. Not thread-safe but `populate`.
+
+    Counting equation, per namespace: free + writing + ready == slots of its slabs.
+    """
+
+    @staticmethod
+    def create(
+        path: str, size: int, min_slot_bytes: int = 65536, *, mode: int = 0o600, policy: str = ""
+    ) -> PoolOwner:
+        """Make a pool file of `size` bytes. `policy` is "lru", "arc" or "s3fifo" ("" = the default)."""
+    @staticmethod
+    def attach(path: str, *, now_s: int, policy: str = "") -> PoolOwner:
+        """Recover an existing file: READY slots whose header checksum fits are kept, WRITING slots are kept for
+        owners that still hold their lock, the rest becomes free; the index is rebuilt; the epoch grows by one.
+        The file is unmapped when the object goes."""
+    path: str
+    epoch: int
+    pool_id: str
+    """32 hex digits drawn at creation: tells one file from the next of the same name."""
+    size: int
+    slab_bytes: int
+    num_slabs: int
+    min_slot_bytes: int
+
+    # memory ------------------------------------------------------------------------------------------------------
+    def advise_hugepages(self) -> None: ...
+    def bind_numa(self, nodes: list[int]) -> None:
+        """One node: bind to it; several: interleave over them."""
+    def populate(self, slab: int) -> None:
+        """Touch every page of a slab (GIL released; many threads may do it for different slabs). The slab may be
+        handed out from then on. OSError when the mount is full."""
+    populated_slabs: int
+
+    # namespaces and clients --------------------------------------------------------------------------------------
+    def add_namespace(self, digest: bytes, slot_bytes: int, description: str) -> int:
+        """Index of the namespace, made when new. ValueError: digest known with another `slot_bytes`, a slot larger
+        than a slab, or the table is full."""
+    def namespaces(self) -> list[dict[str, object]]:
+        """index, digest (hex), slot_bytes, description, slabs, slots, free, writing, ready, doomed, pinned."""
+    def add_client(self, client_id: str, lock_path: str, pid: int, namespace: int) -> int:
+        """Index of the client (the same one when `client_id` is known). RuntimeError when the table is full."""
+    def clients(self) -> list[dict[str, object]]:
+        """index, client_id, pid, namespace, leases."""
+    def reap_clients(self, now_s: int, grace_s: int) -> list[str]:
+        """Take back leases and WRITING slots of clients whose lock file nobody holds since `grace_s`; their ids."""
+
+    # blocks ------------------------------------------------------------------------------------------------------
+    def prepare_store(
+        self, client: int, keys: Buffer, parent: bytes, now_s: int, *, expiry_s: int = 0, pin: bool = False
+    ) -> bytes:
+        """A WRITING slot for each key of a chain (in chain order), 0 for those present already and, from the first
+        that finds no room, for all the rest. `parent` is the key before the first, b"" for none."""
+    def complete_store(self, client: int, refs: Buffer) -> int:
+        """WRITING -> READY for the refs this client owns; how many are READY now. Idempotent."""
+    def abort_store(self, client: int, refs: Buffer) -> int: ...
+    def keep_writing(self, client: int, refs: Buffer) -> int:
+        """Give up all WRITING slots of the client except `refs`; how many were given up."""
+    def touch(self, refs: Buffer) -> None:
+        """A chain (head first) was used: count it for eviction."""
+    def drop(self, refs: Buffer) -> int:
+        """Forget READY blocks (their bytes are wrong); leased ones become invisible, free once released."""
+    def clear(self, namespace: int = -1, *, pinned: bool = True) -> int:
+        """Forget all READY blocks that nobody leases (of one namespace); how many."""
+    def expire(self, now_s: int) -> int:
+        """Forget blocks whose time is over; how many."""
+    def evict(self, namespace: int, count: int) -> int: ...
+
+    def beat(self, now_ms: int, pid: int) -> None:
+        """Write the heartbeat that `ls` and `doctor` display."""
+    def stats(self) -> dict[str, int]:
+        """Counters and gauges by name: ready, writing, free, populated_slabs, stored, evicted, expired, dropped,
+        no_room, duplicates, aborted, reaped_clients, lease_vetoes, slabs_moved, recovered, ..."""
+    def check_integrity(self) -> None:
+        """IntegrityError naming the first broken invariant (index <-> slots, counts, free lists, policy, chains)."""
+
+class PoolView:
+    """A client's view of a pool file: lookups and leases in shared memory, without locks and without the daemon."""
+
+    @staticmethod
+    def open(path: str) -> PoolView:
+        """The file is unmapped when the view and all copy engines over it are gone."""
+    path: str
+    pool_id: str
+    epoch: int
+    num_slots: int
+    def info(self) -> dict[str, object]:
+        """Header and counts for display: size, slab_bytes, num_slabs, min_slot_bytes, pool_id, epoch, pid,
+        heartbeat_ms, namespaces (digest, slot_bytes, description), clients, format_version."""
+    def match_prefix(self, keys: Buffer, now_s: int) -> bytes:
+        """Refs of the longest run of leading READY blocks."""
+    def valid(self, refs: Buffer) -> bytes:
+        """One byte a ref: 1 when that block is READY with that generation now."""
+    def attach_client(self, client: int) -> None:
+        """From now on leases are taken in this client's bitmap. Drops none: held leases must be 0."""
+    def lease(self, refs: Buffer) -> bytes:
+        """One byte a ref: 1 when the slot is leased and still is that block. Counted per slot in this process."""
+    def release(self, refs: Buffer) -> None: ...
+    leased_slots: int
+    def payload(self, ref: int) -> memoryview:
+        """The writable bytes of a slot (tests, tools and remote transfer; workers copy through CopyEngine)."""
+    def check_integrity(self) -> None: ...
+
+class CopyEngine:
+    """Moves blocks between one worker's KV memory and pool slots, on its own threads.
+
+    `regions` is n x (base address, block stride in bytes, bytes per block), as tuples; block b of region r lies at
+    `base + b * stride`. A slot holds the shards of all ranks; this worker's shard begins at `shard_offset` in the
+    slot and is the regions' bytes in order, then an 8-byte trailer {crc32c, mark}.
+    `checksum`: every n-th block (by key) carries a payload checksum: 0 none, 1 all.
+    """
+
+    def __init__(
+        self, view: PoolView, regions: list[tuple[int, int, int]], shard_offset: int, checksum: int, threads: int = 2
+    ) -> None: ...
+    shard_bytes: int
+    """Bytes of one shard with its trailer, rounded up to 256."""
+    def submit_store(self, refs: Buffer, blocks: Buffer) -> int:
+        """Start VRAM -> slot copies; `blocks` is n x uint32 block numbers. Returns a job number (> 0)."""
+    def submit_load(self, refs: Buffer, blocks: Buffer) -> int: ...
+    def poll(self) -> list[tuple[int, bytes, int]]:
+        """Finished jobs: (job, one status byte a block: see COPY_*, nanoseconds from submit to end). Never waits."""
+    def cancel(self, job: int) -> None:
+        """Stop a job; returns when no thread touches its memory. Its unfinished blocks end as COPY_CANCELLED and
+        the job is reported by the next `poll`."""
+    def close(self) -> None: ...
+
+COPY_OK: int
+COPY_STALE: int
+"""The slot was not (or no longer) the block that the reference names."""
+COPY_CHECKSUM: int
+COPY_CANCELLED: int
