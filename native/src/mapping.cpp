@@ -76,6 +76,8 @@ PoolFile PoolFile::create(const std::string& path, const Geometry& geometry, uns
         }
         PoolFile file(path, geometry, map(fd.get(), geometry.end, draft));
         file.populate(0, geometry.slots_at);
+        // So that engines can come even when the mount is full by then.
+        file.populate(geometry.bitmaps_at, kReservedBitmaps * geometry.bitmap_words * sizeof(LeaseWord));
         FileHeader& header = file.header();
         header.magic = kMagic;
         header.format_version = kFormatVersion;

@@ -5,6 +5,10 @@
 namespace kvpool {
 namespace {
 
+// How many slots ahead their index entries are fetched: a recovery is a million cache misses, one after the other or
+// many at a time.
+constexpr uint32_t kAhead = 16;
+
 std::string lock_path_of(const std::string& pool_path, const std::string& client_id) {
     return pool_path.substr(0, pool_path.rfind('/') + 1) + "clients/" + client_id + ".lock";
 }
@@ -27,7 +31,10 @@ void PoolOwner::recover(uint32_t now_s) {
         policies_[ns] = make_policy(policy_name_, file_.geometry().num_slots());
         refresh_capacity(ns);
         for (uint32_t slab : slabs_.slabs_of(ns)) {
-            slabs_.for_each_slot(slab, [&](uint32_t slot) { recover_slot(slot, ns); });
+            slabs_.for_each_slot(slab, [&](uint32_t slot) {
+                if (slot + kAhead < file_.geometry().num_slots()) index_.expect(header(slot + kAhead).load_key().tag());
+                recover_slot(slot, ns);
+            });
         }
     }
     recover_links();
@@ -65,6 +72,7 @@ void PoolOwner::recover_links() {
     for (uint32_t ns = 0; ns < kMaxNamespaces; ++ns) {
         for (uint32_t slab : slabs_.slabs_of(ns)) {
             slabs_.for_each_slot(slab, [&](uint32_t slot) {
+                if (slot + kAhead < file_.geometry().num_slots()) index_.expect(header(slot + kAhead).parent_tag.load());
                 bool kept = state(slot) != SlotState::kFree && !(header(slot).flags.load() & kFlagDoomed);
                 uint32_t tag = header(slot).parent_tag.load();
                 if (!kept || tag == 0) return;

@@ -18,6 +18,7 @@ namespace kvpool {
 inline constexpr uint64_t kMagic = 0x6c6f6f70766b0001ull;  // "\1\0kvpool" in memory
 inline constexpr uint32_t kFormatVersion = 1;
 inline constexpr uint32_t kMaxClients = 256;
+inline constexpr uint32_t kReservedBitmaps = 16;  // lease bitmaps whose pages exist from the start
 inline constexpr uint32_t kMaxNamespaces = 64;
 inline constexpr size_t kDescriptionBytes = 2048;
 inline constexpr size_t kPayloadAlign = 2 << 20;

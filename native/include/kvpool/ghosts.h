@@ -10,14 +10,18 @@ namespace kvpool {
 
 class Ghosts {
   public:
-    // Remembers the last `capacity` keys, more or less.
+    // Remembers the last `capacity` keys, more or less. A larger table than before starts empty.
     void set_capacity(uint64_t capacity) {
         capacity_ = std::max<uint64_t>(capacity, 1);
         uint64_t buckets = 16;
-        while (buckets < capacity_) buckets *= 2;
-        if (buckets * kWays != table_.size()) table_.assign(buckets * kWays, Entry{});
+        while (buckets * kWays < capacity_) buckets *= 2;
+        if (buckets == buckets_) return;
+        buckets_ = buckets;
+        table_.clear();
+        size_ = 0;
     }
     void add(uint64_t key_hash) {
+        if (table_.empty()) table_.resize(buckets_ * kWays);  // not before there is something to remember
         Entry* bucket = bucket_of(key_hash);
         Entry* place = std::min_element(bucket, bucket + kWays,
                                         [](const Entry& a, const Entry& b) { return a.time < b.time; });
@@ -26,12 +30,13 @@ class Ghosts {
     }
     // True when the key was there; it is not any more.
     bool take(uint64_t key_hash) {
+        if (size_ == 0) return false;
         Entry* bucket = bucket_of(key_hash);
         for (Entry* entry = bucket; entry != bucket + kWays; ++entry) {
             if (entry->key_hash != key_hash || entry->time == 0) continue;
             bool recent = now_ - entry->time < capacity_;
             *entry = Entry{};
-            if (size_ > 0) --size_;
+            --size_;
             return recent;
         }
         return false;
@@ -44,9 +49,10 @@ class Ghosts {
         uint64_t key_hash = 0;
         uint64_t time = 0;
     };
-    Entry* bucket_of(uint64_t key_hash) { return &table_[(key_hash >> 32) % (table_.size() / kWays) * kWays]; }
+    Entry* bucket_of(uint64_t key_hash) { return &table_[(key_hash >> 32) % buckets_ * kWays]; }
 
-    std::vector<Entry> table_ = std::vector<Entry>(16 * kWays);
+    std::vector<Entry> table_;
+    uint64_t buckets_ = 16;
     uint64_t capacity_ = 1;
     uint64_t now_ = 0;
     uint64_t size_ = 0;

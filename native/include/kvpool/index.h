@@ -42,6 +42,8 @@ class Index : public IndexReader {
     bool erase(const BlockKey& key, uint32_t slot);
     // The slot of that key in whatever state, kNoSlot for none. For the single writer only.
     uint32_t find(const BlockKey& key) const;
+    // Says that the entry of that tag will be asked for soon.
+    void expect(uint32_t tag) const { __builtin_prefetch(&table_[home(tag)]); }
     // Some slot whose key has that tag: enough to guess a parent after a restart.
     uint32_t find_tag(uint32_t tag) const;
     size_t size() const { return size_; }
