@@ -1,10 +1,10 @@
 """What goes wrong outside of our own code.
 
-    KVPoolError
-    |-- ConfigError            a field's value is wrong: names the field, the value and the fix
-    |-- PoolUnavailable        no daemon, or no pool file, under that name
-    |   `-- PoolTimeout        the daemon did not answer before the deadline
-    `-- ProtocolError          the daemon refused the request: `.code` says why
+KVPoolError
+|-- ConfigError            a field's value is wrong: names the field, the value and the fix
+|-- PoolUnavailable        no daemon, or no pool file, under that name
+|   `-- PoolTimeout        the daemon did not answer before the deadline
+`-- ProtocolError          the daemon refused the request: `.code` says why
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ConfigError(KVPoolError):
         self.fix = fix
 
 
-class PoolUnavailable(KVPoolError):
+class PoolUnavailable(KVPoolError):  # noqa: N818
     """The pool cannot be reached; the message says what to start."""
 
 

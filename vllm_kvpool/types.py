@@ -1,7 +1,9 @@
-"""Values that every layer shares: how arrays of blocks, keys and slots look. No behaviour beyond packing.
+"""Values that every layer shares: how arrays of blocks, keys and slots look. No behaviour beyond
+packing.
 
-A *block key* is 32 bytes, a *slot reference* is a 64-bit integer `generation << 32 | slot index`, 0 meaning none.
-Both travel in bulk: keys as concatenated bytes, references as little-endian uint64 arrays (`SlotRefs`).
+A *block key* is 32 bytes, a *slot reference* is a 64-bit integer `generation << 32 | slot index`, 0
+meaning none. Both travel in bulk: keys as concatenated bytes, references as little-endian uint64
+arrays (`SlotRefs`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,62 @@
+"""A stopped engine (SIGSTOP) is not dead: a late write of its must never land in a slot of somebody
+else."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+
+from helpers import Daemon, EngineProcess, keys_of, prepare, store, until
+
+from vllm_kvpool.client import PoolClient
+from vllm_kvpool.types import num_refs, unpack_refs
+
+LONGER_THAN_ANY_GRACE_S = 4.0
+
+
+def test_stores_in_flight_are_kept(
+    daemon: Daemon, client: PoolClient, make_engine: Callable[..., EngineProcess]
+) -> None:
+    engine = make_engine()
+    assert engine.do("prepare", "chain", 20) == 20
+    engine.send_signal(signal.SIGSTOP)
+    # Somebody else wants all the room there is, again and again.
+    give_up = time.monotonic() + LONGER_THAN_ANY_GRACE_S
+    for i in range(1_000):
+        store(client, keys_of(f"other {i}", 60))
+        if time.monotonic() > give_up:
+            break
+    assert daemon.counter("evicted") > 0
+    assert daemon.counter("writing") == 20
+    engine.send_signal(signal.SIGCONT)
+    assert engine.do("complete") == 20
+    until(lambda: num_refs(client.match_prefix(keys_of("chain", 20))) == 20)
+
+
+def test_leases_are_kept(
+    daemon: Daemon, client: PoolClient, make_engine: Callable[..., EngineProcess]
+) -> None:
+    engine = make_engine()
+    engine.do("store", "chain", 20)
+    assert engine.do("lease", "chain", 20) == 20
+    engine.send_signal(signal.SIGSTOP)
+    time.sleep(LONGER_THAN_ANY_GRACE_S)
+    for i in range(20):
+        store(client, keys_of(f"other {i}", 60))
+    refs = client.match_prefix(keys_of("chain", 20))
+    assert num_refs(refs) == 20
+    engine.send_signal(signal.SIGCONT)
+    engine.do("release")
+
+
+def test_stopped_then_killed(
+    daemon: Daemon, client: PoolClient, make_engine: Callable[..., EngineProcess]
+) -> None:
+    engine = make_engine()
+    assert engine.do("prepare", "chain", 20) == 20
+    engine.send_signal(signal.SIGSTOP)
+    engine.end()
+    until(lambda: daemon.counter("writing") == 0, "the slots", 5.0)
+    refs = prepare(client, keys_of("chain", 20)).refs
+    assert 0 not in unpack_refs(refs)

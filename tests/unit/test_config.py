@@ -1,0 +1,70 @@
+"""Sizes, names and strictness of both configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_kvpool.config import ConnectorConfig, PoolConfig, parse_size, pool_dir
+from vllm_kvpool.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("64GiB", 64 << 30),
+        ("1.5 MiB", 3 << 19),
+        ("2GB", 2 * 10**9),
+        ("4096", 4096),
+        (4096, 4096),
+        ("80%", 800),
+        ("12.5%", 125),
+        (" 1KiB ", 1024),
+    ],
+)
+def test_size(text: str | int, expected: int) -> None:
+    assert parse_size("size", text, 1_000) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "lots", "64 gigs", "64gib", "-1", "0", "0%", "101%", "1e9", "GiB", "1,5GiB"]
+)
+def test_wrong_size_names_the_field_and_an_example(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^size = ") as caught:
+        parse_size("size", text, 1_000)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "x" * 65, "ä", "a\n"])
+def test_wrong_pool_name(name: str) -> None:
+    for make in (lambda: pool_dir(name), lambda: PoolConfig(name=name)):
+        with pytest.raises(ConfigError, match="slash"):
+            make()
+    with pytest.raises(ConfigError, match="slash"):
+        ConnectorConfig(pool=name)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"pol": "x"}, "extra: pol = 'x': unknown key; known are pool, size"),
+        ({"store": "some"}, "extra: store = 'some'"),
+        ({"min_load_tokens": "many"}, "extra: min_load_tokens = 'many'"),
+        ({"min_load_tokens": -1}, "min_load_tokens = -1: give 0 or more"),
+        ({"load_deadline_ms": 0}, "load_deadline_ms = 0"),
+        ({"checksum": True}, "extra: checksum = True"),
+        ({"size": 5}, "extra: size = 5"),
+        ({"size": "5 apples"}, "size = '5 apples'"),
+    ],
+)
+def test_wrong_extra_config(values: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ConnectorConfig.from_dict(values, "extra")
+    assert str(caught.value).startswith(expected)
+
+
+def test_auto_is_the_default_pool() -> None:
+    assert ConnectorConfig().pool_name == "default"
+    assert ConnectorConfig(pool="auto").pool_name == "default"
+    assert ConnectorConfig(pool="main").pool_name == "main"

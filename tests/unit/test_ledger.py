@@ -1,0 +1,125 @@
+"""A client's stores in flight: one end each, and `writing` is exactly what the daemon must keep."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_kvpool.ledger import MAX_PREPARES, MAX_WRITING, StoreGrant, StoreLedger
+from vllm_kvpool.protocol import CompleteStore, Prepared, PrepareStore
+from vllm_kvpool.types import pack_refs
+
+
+@pytest.fixture
+def ledger() -> StoreLedger:
+    return StoreLedger()
+
+
+def ask(ledger: StoreLedger, request_id: int, blocks: int = 2, due_ms: int = 100) -> None:
+    ledger.asked(PrepareStore(id=request_id, keys=bytes(32 * blocks)), due_ms)
+    ledger.check_integrity()
+
+
+def grant(ledger: StoreLedger, request_id: int, *refs: int) -> bytes:
+    late = ledger.granted(Prepared(id=request_id, refs=pack_refs(refs)))
+    ledger.check_integrity()
+    return late
+
+
+def test_a_store_from_request_to_acknowledgement(ledger: StoreLedger) -> None:
+    ask(ledger, 1)
+    assert grant(ledger, 1, 7, 8) == b""
+    assert ledger.take_finished() == [StoreGrant(1, pack_refs([7, 8]))]
+    assert ledger.take_finished() == []
+    assert sorted(ledger.writing) == sorted(pack_refs([7, 8]))
+
+    kept = ledger.completing(CompleteStore(id=2, refs=pack_refs([7]), aborted=pack_refs([8])))
+    assert kept is not None
+    assert ledger.unsent == [kept]
+    ledger.sent(kept, due_ms=200)
+    assert ledger.unsent == []
+    ledger.completed(2)
+    assert ledger.writing == b""
+    ledger.check_integrity()
+
+
+def test_no_room_leaves_nothing_to_write(ledger: StoreLedger) -> None:
+    ask(ledger, 1)
+    grant(ledger, 1, 0, 0)
+    assert ledger.writing == b""
+
+
+def test_late_grant_is_given_back(ledger: StoreLedger) -> None:
+    ask(ledger, 1)
+    assert ledger.lose_outstanding("timeout") == 1
+    assert ledger.take_finished() == [StoreGrant(1, None, "timeout")]
+    assert grant(ledger, 1, 7, 0, 8) == pack_refs([7, 8])
+    assert ledger.writing == b""
+    assert ledger.take_finished() == []
+
+
+def test_completion_is_sent_again_after_a_loss(ledger: StoreLedger) -> None:
+    ask(ledger, 1)
+    grant(ledger, 1, 7)
+    kept = ledger.completing(CompleteStore(id=2, refs=pack_refs([7])))
+    assert kept is not None
+    ledger.sent(kept, due_ms=200)
+    ledger.lose_outstanding("lost")
+    assert ledger.unsent == [kept]
+    assert ledger.writing == pack_refs([7])
+
+
+def test_references_of_others_are_not_completed(ledger: StoreLedger) -> None:
+    assert ledger.completing(CompleteStore(id=1, refs=pack_refs([5]))) is None
+    ask(ledger, 2)
+    grant(ledger, 2, 7)
+    kept = ledger.completing(CompleteStore(id=3, refs=pack_refs([5, 7])))
+    assert kept is not None
+    assert kept.refs == pack_refs([7])
+
+
+def test_overdue(ledger: StoreLedger) -> None:
+    assert not ledger.overdue(10**9)
+    ask(ledger, 1, due_ms=100)
+    ask(ledger, 2, due_ms=150)
+    assert not ledger.overdue(99)
+    assert ledger.overdue(100)
+    grant(ledger, 1, 7, 8)
+    assert not ledger.overdue(149)
+    kept = ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))
+    assert kept is not None
+    assert not ledger.overdue(149)  # not sent yet: nobody owes an answer
+    ledger.sent(kept, due_ms=120)
+    assert ledger.overdue(120)
+
+
+def test_refusals(ledger: StoreLedger) -> None:
+    ask(ledger, 1)
+    ledger.refused(1, "deadline")
+    assert ledger.take_finished() == [StoreGrant(1, None, "deadline")]
+    ask(ledger, 2)
+    grant(ledger, 2, 7)
+    ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))
+    ledger.refused(3, "internal")
+    assert ledger.writing == b""
+    assert ledger.unsent == []
+
+
+def test_another_pool_forgets_all(ledger: StoreLedger) -> None:
+    ask(ledger, 1)
+    ask(ledger, 2)
+    grant(ledger, 1, 7)
+    ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))
+    ledger.forget()
+    assert ledger.writing == b""
+    assert ledger.unsent == []
+    assert [done.reason for done in ledger.take_finished()] == ["", "lost"]
+    ledger.check_integrity()
+
+
+def test_bounds(ledger: StoreLedger) -> None:
+    assert ledger.has_room(MAX_WRITING)
+    assert not ledger.has_room(MAX_WRITING + 1)
+    for request_id in range(MAX_PREPARES):
+        assert ledger.has_room(1)
+        ask(ledger, request_id)
+    assert not ledger.has_room(1)

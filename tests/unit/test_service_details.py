@@ -1,0 +1,54 @@
+"""Parts of the daemon's answers that no well-behaved client sees."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from vllm_kvpool._native import PoolOwner
+from vllm_kvpool.liveness import ClientLock
+from vllm_kvpool.pool.files import Mount, PoolFolder, size_text
+from vllm_kvpool.pool.prefault import Prefault
+from vllm_kvpool.pool.service import PoolService, describe
+from vllm_kvpool.protocol import MAX_DESCRIPTION_BYTES, Hello, Namespace, PrepareStore, encode
+
+
+def test_description_is_cut_to_fit() -> None:
+    fields = {"model": "m", "long": "x" * 10_000, "also long": "y" * 10_000}
+    text = describe(fields)
+    assert len(text) < MAX_DESCRIPTION_BYTES
+    assert json.loads(text)["model"] == "m"
+    assert set(json.loads(text)) == set(fields)
+
+
+def test_description_without_hope() -> None:
+    assert describe({str(i): "x" for i in range(10_000)}) == "{}"
+
+
+def test_sizes_for_people() -> None:
+    assert [size_text(n) for n in (0, 1023, 1 << 10, 3 << 29, 64 << 30, 5 << 40)] == [
+        "0 B", "1023 B", "1.0 KiB", "1.5 GiB", "64.0 GiB", "5.0 TiB",
+    ]  # fmt: skip
+
+
+def test_grant_that_cannot_be_delivered_is_taken_back(tmp_path: Path) -> None:
+    """ZeroMQ says so when the client's connection is gone, or takes nothing any more."""
+    with PoolFolder("x", str(tmp_path)) as folder:
+        owner = PoolOwner.create(str(folder.paths.pool), 16 << 20)
+        owner.populate(0)
+        service = PoolService(owner, folder, Prefault(owner, Mount.of(tmp_path)))
+        lock = ClientLock(folder.paths.client_lock("0" * 32))
+        assert lock.hold()
+        space = Namespace(digest=bytes(32), slot_bytes=1 << 16, fields={})
+        hello = Hello(id=1, version=1, now_ms=0, pid=1, client_id="0" * 32, namespace=space)
+        service.handle(b"connection", encode(hello))
+        reply = service.handle(
+            b"connection", encode(PrepareStore(id=2, keys=bytes(32) + b"\1" * 32))
+        )
+        assert owner.stats()["writing"] == 2
+        assert reply is not None
+        service.undelivered(b"connection", reply)
+        assert owner.stats()["writing"] == 0
+        assert service.counters["replies_lost"] == 1
+        owner.check_integrity()
+        lock.close()

@@ -1,0 +1,149 @@
+"""`vllm-kvpool`: reads options, calls what does the work, prints what it returns.
+
+Exit status: 0 done, 1 the pool or its daemon would not, 2 the command line or a file is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from vllm_kvpool import __version__
+from vllm_kvpool.config import DEFAULT_POOL, SHM_DIR, PoolConfig
+from vllm_kvpool.errors import ConfigError, KVPoolError
+from vllm_kvpool.pool import admin, doctor
+from vllm_kvpool.pool.serve import serve
+
+SERVE_HELP = {
+    "name": "the pool's name",
+    "size": "as in 64GiB, or a share of the mount as in 80%%",
+    "listen": "a further ZeroMQ endpoint, as in ipc:///run/kvpool.sock",
+    "shm_dir": "the shared-memory mount",
+    "hugepages": "back the pool with transparent huge pages",
+    "numa": "NUMA nodes, as in 0 (bind) or 0,1 (interleave)",
+    "min_block": "the smallest block to be expected; the index is sized for it",
+    "group_access": "let the group of this user share the pool",
+    "remove": "delete the pool at a clean end",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s vllm-kvpool: %(message)s"
+    )
+    try:
+        status: int = options.run(options)
+    except ConfigError as error:
+        print(f"vllm-kvpool: {error}", file=sys.stderr)
+        return 2
+    except (KVPoolError, OSError) as error:
+        print(f"vllm-kvpool: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-kvpool",
+        description="One shared pool of CPU memory for all vLLM engines of a host.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("serve", help="run a pool's daemon")
+    _add_serve_options(command)
+    command.set_defaults(run=_serve)
+
+    command = commands.add_parser("stats", help="counters of a running pool")
+    _add_common(command, json_too=True)
+    command.set_defaults(run=_stats)
+
+    command = commands.add_parser("ls", help="the pools of this host")
+    _add_common(command, name=False, json_too=True)
+    command.set_defaults(run=_ls)
+
+    text = "forget all blocks; without a daemon, delete the pool"
+    command = commands.add_parser("clear", help=text, description=text)
+    _add_common(command)
+    command.set_defaults(run=_clear)
+
+    command = commands.add_parser("doctor", help="what is wrong here, and how to mend it")
+    _add_common(command, name=False, json_too=True)
+    command.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_common(
+    command: argparse.ArgumentParser, *, name: bool = True, json_too: bool = False
+) -> None:
+    if name:
+        command.add_argument("--name", default=DEFAULT_POOL, help=SERVE_HELP["name"])
+    command.add_argument("--shm-dir", default=SHM_DIR, help=SERVE_HELP["shm_dir"])
+    if json_too:
+        command.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _add_serve_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", type=Path, help="TOML file with the same names; options here win over it"
+    )
+    defaults = PoolConfig()
+    for field in PoolConfig.__struct_fields__:
+        default = getattr(defaults, field)
+        shown = "" if default in {"", False} else f" (default: {default.replace('%', '%%')})"
+        flag = "--" + field.replace("_", "-")
+        action = argparse.BooleanOptionalAction if isinstance(default, bool) else "store"
+        # No default here: what is not given must not win over the file.
+        command.add_argument(flag, action=action, default=None, help=SERVE_HELP[field] + shown)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    values = {} if options.config is None else _read_config(options.config)
+    PoolConfig.from_dict(values, str(options.config))
+    given = {field: getattr(options, field) for field in PoolConfig.__struct_fields__}
+    values |= {field: value for field, value in given.items() if value is not None}
+    serve(PoolConfig.from_dict(values, "command line"))
+    return 0
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("config", str(path), str(error)) from None
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _stats(options: argparse.Namespace) -> int:
+    stats = admin.fetch_stats(options.name, options.shm_dir)
+    print(json.dumps(stats, indent=2) if options.json else admin.stats_text(stats))
+    return 0
+
+
+def _ls(options: argparse.Namespace) -> int:
+    pools = admin.list_pools(options.shm_dir)
+    if options.json:
+        print(json.dumps([pool._asdict() for pool in pools], indent=2))
+    else:
+        print(admin.pools_text(pools, options.shm_dir))
+    return 0
+
+
+def _clear(options: argparse.Namespace) -> int:
+    print(admin.clear(options.name, options.shm_dir))
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = doctor.examine(options.shm_dir)
+    if options.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=2))
+    else:
+        print(doctor.findings_text(findings))
+    return int(any(finding.status == "fail" for finding in findings))

@@ -1,0 +1,334 @@
+"""The scheduler side's handle on a pool. One thread, never waits, never raises for a failing pool.
+
+Lookups (`match_prefix`) and leases are reads and writes of shared memory: they work whether or not
+a daemon runs. Stores go through the daemon; `poll` moves messages and returns the answers.
+
+    no view       no pool file yet, looked for every second
+    away          a view perhaps, but no daemon: Hello is sent every second until one answers
+    draining      the daemon serves another pool (or gave us another lease bitmap): matches are
+    empty until the leases
+                  on the old one are released, then the new one is mapped
+    connected     stores go
+
+Away again on: a new epoch in the header, Error("hello"), an answer overdue, the lock or pool file
+replaced. Each Hello lists the slots still being written; the daemon frees all others, so nothing
+leaks however a connection ended.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import uuid
+from collections import Counter
+from pathlib import Path
+
+from vllm_kvpool._native import PoolFormatError, PoolView
+from vllm_kvpool.channel import Channel
+from vllm_kvpool.clock import now_ms, pool_time_s
+from vllm_kvpool.ledger import StoreGrant, StoreLedger
+from vllm_kvpool.liveness import ClientLock
+from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.protocol import (
+    MAX_KEYS,
+    NO_CLIENT,
+    PROTOCOL_VERSION,
+    AnyReply,
+    Completed,
+    CompleteStore,
+    Drop,
+    Error,
+    Hello,
+    Namespace,
+    Prepared,
+    PrepareStore,
+    Touch,
+    Welcome,
+)
+from vllm_kvpool.types import BlockKeys, SlotRefs, num_keys, num_refs
+
+logger = logging.getLogger(__name__)
+
+RETRY_MS = 1_000
+"""Between attempts to find a pool or a daemon, and between looks at what may have changed."""
+UNSENT_RETRY_MS = 50
+"""After a Hello that could not go out for want of a connection: ZeroMQ is just making one."""
+REFUSALS = ("version", "namespace", "clients_full")
+REFUSED_RETRY_MS = 10_000
+"""After one of `REFUSALS`: somebody has to change something first."""
+MAX_REPLIES = 256
+"""Replies taken in one `poll`: a bound for the time spent in a scheduler step."""
+
+NO_REFS = SlotRefs(b"")
+
+
+class PoolClient:
+    """`namespace` None: a client that only looks (no leases, no stores)."""
+
+    def __init__(
+        self,
+        directory: Path,
+        namespace: Namespace | None,
+        *,
+        client_id: str | None = None,
+        timeout_ms: int = 1_000,
+    ) -> None:
+        paths = PoolPaths(directory)
+        self.client_id = client_id or uuid.uuid4().hex
+        self.pool_path = paths.pool
+        self.lock_path = paths.client_lock(self.client_id)
+        self.view: PoolView | None = None
+        self.skipped: Counter[str] = Counter()
+        """What was not done, by reason."""
+        self._namespace = namespace
+        self._timeout_ms = timeout_ms
+        self._channel = Channel(paths.endpoint)
+        self._lock = ClientLock(self.lock_path)
+        self._ledger = StoreLedger()
+        self._ids = itertools.count(1)
+        self._hello_id: int | None = None
+        self._welcome: Welcome | None = None
+        self._draining = False
+        self._bitmap = NO_CLIENT
+        self._next_try_ms = 0
+        self._said: set[str] = set()
+
+    @property
+    def connected(self) -> bool:
+        """Whether stores are taken now."""
+        return self._welcome is not None and not self._draining
+
+    def close(self) -> None:
+        """What is still leased or being written returns to the pool once no process of the engine
+        holds the lock."""
+        self._channel.close()
+        self._lock.close()
+        self._welcome = None
+        self.view = None
+
+    # blocks ---------------------------------------------------------------------------------------
+
+    def match_prefix(self, keys: BlockKeys) -> SlotRefs:
+        """The longest run of leading READY blocks; b"" when there is no pool."""
+        if self.view is None or self._draining or not self._may_read:
+            self.skipped["match_no_pool"] += 1
+            return NO_REFS
+        return SlotRefs(self.view.match_prefix(keys, pool_time_s()))
+
+    @property
+    def _may_read(self) -> bool:
+        """A hit is worth something to those who can lease it, once a daemon has lent them a
+        bitmap."""
+        return self._bitmap != NO_CLIENT or self._namespace is None
+
+    def lease(self, refs: SlotRefs) -> bytes:
+        """One byte a reference: 1 when its slot is leased and still is that block. Release only
+        those."""
+        if self.view is None or self._draining or self._bitmap == NO_CLIENT:
+            self.skipped["lease_no_pool"] += 1
+            return bytes(num_refs(refs))
+        return self.view.lease(refs)
+
+    def release(self, refs: SlotRefs) -> None:
+        assert self.view is not None, "released without a lease"
+        self.view.release(refs)
+
+    def prepare_store(
+        self, keys: BlockKeys, parent: bytes = b"", ttl_s: int = 0, pin: bool = False
+    ) -> int | None:
+        """Ask for slots for a chain of blocks. The number that `poll` will answer with, or None:
+        skipped."""
+        reason = self._why_not(num_keys(keys))
+        if reason is not None:
+            self.skipped[reason] += 1
+            return None
+        due_ms = now_ms() + self._timeout_ms
+        request = PrepareStore(
+            id=next(self._ids), deadline_ms=due_ms, keys=keys, parent=parent, ttl_s=ttl_s, pin=pin
+        )
+        if not self._channel.send(request):
+            self.skipped["store_not_sent"] += 1
+            self._leave()
+            return None
+        self._ledger.asked(request, due_ms)
+        return request.id
+
+    def _why_not(self, num_blocks: int) -> str | None:
+        if not self.connected or self._namespace is None:
+            return "store_not_connected"
+        if num_blocks > MAX_KEYS:
+            return "store_too_large"
+        if not self._ledger.has_room(num_blocks):
+            return "store_busy"
+        return None
+
+    def complete_store(self, refs: SlotRefs, aborted: SlotRefs = NO_REFS) -> None:
+        """Every granted reference ends here once: the bytes are there (`refs`), or they are not
+        (`aborted`)."""
+        request = CompleteStore(id=next(self._ids), refs=refs, aborted=aborted)
+        kept = self._ledger.completing(request)
+        if kept is not None and self.connected:
+            self._send_completion(kept)
+
+    def touch(self, refs: SlotRefs) -> None:
+        """A chain (head first) was used."""
+        if self.connected and not self._channel.send(Touch(id=next(self._ids), refs=refs)):
+            self.skipped["touch_not_sent"] += 1
+
+    def drop(self, refs: SlotRefs) -> None:
+        """These blocks hold wrong bytes."""
+        if not self.connected or not self._channel.send(Drop(id=next(self._ids), refs=refs)):
+            self.skipped["drop_not_sent"] += 1
+
+    # messages -------------------------------------------------------------------------------------
+
+    def poll(self) -> list[StoreGrant]:
+        """Take what has arrived, notice what is overdue, connect if need be. Call it at every
+        step."""
+        for _ in range(MAX_REPLIES):
+            reply = self._channel.receive()
+            if reply is None:
+                break
+            self._take(reply)
+        now = now_ms()
+        if self._welcome is not None and self._is_replaced(self._welcome):
+            self._leave("lost")
+        elif self._ledger.overdue(now):
+            self._leave("timeout")
+        if now >= self._next_try_ms:
+            self._next_try_ms = now + RETRY_MS
+            self._look_around()
+        return self._ledger.take_finished()
+
+    def _take(self, reply: AnyReply) -> None:
+        match reply:
+            case Prepared():
+                self._take_grant(reply)
+            case Completed():
+                self._ledger.completed(reply.id)
+            case Welcome() if reply.id == self._hello_id:
+                self._welcome = reply
+                self._adopt(reply)
+            case Error():
+                self._take_error(reply)
+
+    def _take_grant(self, reply: Prepared) -> None:
+        late = self._ledger.granted(reply)
+        if late:
+            self.skipped["grant_too_late"] += num_refs(late)
+            # Once is enough: if it does not arrive, the next Hello does the same.
+            self._channel.send(CompleteStore(id=next(self._ids), refs=b"", aborted=late))
+
+    def _take_error(self, error: Error) -> None:
+        if error.id == self._hello_id:
+            self._say_once(f"the daemon refused this engine: {error.message} ({error.code})")
+            refused = error.code in REFUSALS
+            self._next_try_ms = now_ms() + (REFUSED_RETRY_MS if refused else RETRY_MS)
+        elif error.code == "hello":
+            self._leave("lost")
+        else:
+            self.skipped[f"refused_{error.code}"] += 1
+            self._ledger.refused(error.id, error.code)
+
+    # connection -----------------------------------------------------------------------------------
+
+    def _look_around(self) -> None:
+        """Once a second: find the pool or the daemon, or notice that one of them is another now."""
+        if self.view is None:
+            self.view = self._open()
+        if self._welcome is not None and self._has_new_lock():
+            self._leave("lost")
+        if self._welcome is None:
+            self._say_hello()
+        elif self._draining:
+            self._adopt(self._welcome)
+
+    def _has_new_lock(self) -> bool:
+        """Whether our lock file was deleted and could be made anew: the daemon has to be told."""
+        return self._namespace is not None and not self._lock.held and self._lock.hold()
+
+    def _is_replaced(self, welcome: Welcome) -> bool:
+        """Whether another daemon has taken the pool over; a look into shared memory."""
+        if self.view is None or self._draining:
+            return False
+        return self.view.epoch != welcome.epoch
+
+    def _leave(self, reason: str = "lost") -> None:
+        """Not connected any more; say hello at the next look."""
+        self._welcome = self._hello_id = None
+        self._next_try_ms = 0
+        lost = self._ledger.lose_outstanding(reason)
+        if lost:
+            self.skipped[f"store_{reason}"] += lost
+
+    def _say_hello(self) -> None:
+        if self._namespace is not None and not self._lock.hold():
+            return
+        hello = Hello(
+            id=next(self._ids),
+            version=PROTOCOL_VERSION,
+            now_ms=now_ms(),
+            pid=os.getpid(),
+            client_id="" if self._namespace is None else self.client_id,
+            namespace=self._namespace,
+            writing=self._ledger.writing,
+        )
+        if self._channel.send(hello):
+            self._hello_id = hello.id
+        else:
+            self._next_try_ms = now_ms() + UNSENT_RETRY_MS
+
+    def _adopt(self, welcome: Welcome) -> None:
+        """Use the pool and the lease bitmap that the daemon named, as soon as no lease on others is
+        held."""
+        same_pool = self.view is not None and self.view.pool_id == welcome.pool_id
+        if same_pool and self._bitmap == welcome.client:
+            self._enter()
+            return
+        self._draining = True
+        if self.view is not None and self.view.leased_slots:
+            return
+        if not same_pool and not self._remap(welcome):
+            return
+        assert self.view is not None
+        if welcome.client != NO_CLIENT:
+            self.view.attach_client(welcome.client)
+        self._bitmap = welcome.client
+        self._enter()
+
+    def _enter(self) -> None:
+        self._draining = False
+        for request in self._ledger.unsent:
+            self._send_completion(request)
+
+    def _send_completion(self, request: CompleteStore) -> None:
+        if self._channel.send(request):
+            self._ledger.sent(request, now_ms() + self._timeout_ms)
+        else:
+            self._leave()
+
+    def _remap(self, welcome: Welcome) -> bool:
+        """Map the pool that the daemon serves. The old mapping's stores mean nothing there."""
+        if self.view is not None:
+            self._ledger.forget()
+            self.view, self._bitmap = None, NO_CLIENT
+        self.view = self._open()
+        if self.view is not None and self.view.pool_id == welcome.pool_id:
+            return True
+        self._say_once(f"{self.pool_path} is not what its daemon serves: restart the daemon")
+        return False
+
+    def _open(self) -> PoolView | None:
+        try:
+            return PoolView.open(str(self.pool_path))
+        except FileNotFoundError:
+            return None
+        except (OSError, PoolFormatError) as error:
+            self._say_once(f"cannot use {self.pool_path}: {error}")
+            return None
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning("KV pool: %s", text)

@@ -1,0 +1,163 @@
+"""Book-keeping of a client's stores, from the request for slots to the acknowledged completion.
+Pure: no I/O, no clock.
+
+    PrepareStore   ->  a prepare, until it is answered, refused, timed out or lost: one StoreGrant
+    each Prepared       ->  its slot references are `writing`: the daemon keeps them for us
+    CompleteStore  ->  a completion, its references still `writing`
+    Completed      ->  done
+
+`writing` is what Hello.writing lists: the daemon frees every other WRITING slot of this client, so
+a grant that never reached us leaks nothing. A CompleteStore may be sent twice (it is idempotent),
+never zero times.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vllm_kvpool.protocol import CompleteStore, Prepared, PrepareStore
+from vllm_kvpool.types import NO_REF, SlotRefs, num_keys, pack_refs, unpack_refs
+
+MAX_PREPARES = 64
+"""Requests for slots that may wait for an answer; a client that reaches it skips stores until the
+daemon is back."""
+MAX_WRITING = 65_536
+"""Blocks being stored at once: what Hello.writing has to carry."""
+
+
+class StoreGrant(NamedTuple):
+    """The end of one `prepare_store`."""
+
+    request_id: int
+    refs: SlotRefs | None
+    """One reference a key (0: nothing to store); None when there was no grant at all."""
+    reason: str = ""
+    """Why there was none: "timeout", "lost", or the code of the daemon's error."""
+
+
+class _Prepare(NamedTuple):
+    request: PrepareStore
+    due_ms: int
+
+
+class _Completion(NamedTuple):
+    request: CompleteStore
+    due_ms: int | None
+    """None: not sent over the present connection."""
+
+
+class StoreLedger:
+    def __init__(self) -> None:
+        self._prepares: dict[int, _Prepare] = {}
+        self._completions: dict[int, _Completion] = {}
+        self._writing: set[int] = set()
+        self._asked_blocks = 0
+        self._finished: list[StoreGrant] = []
+
+    # prepares -------------------------------------------------------------------------------------
+
+    def has_room(self, num_blocks: int) -> bool:
+        blocks = len(self._writing) + self._asked_blocks + num_blocks
+        return len(self._prepares) < MAX_PREPARES and blocks <= MAX_WRITING
+
+    def asked(self, request: PrepareStore, due_ms: int) -> None:
+        self._prepares[request.id] = _Prepare(request, due_ms)
+        self._asked_blocks += num_keys(request.keys)
+
+    def granted(self, reply: Prepared) -> SlotRefs:
+        """Note the answer. Returns slots to give back: those of a request that was given up
+        meanwhile."""
+        if not self._answered(reply.id):
+            return pack_refs(ref for ref in unpack_refs(reply.refs) if ref != NO_REF)
+        self._writing.update(unpack_refs(reply.refs))
+        self._writing.discard(NO_REF)
+        self._finished.append(StoreGrant(reply.id, SlotRefs(reply.refs)))
+        return SlotRefs(b"")
+
+    def _answered(self, request_id: int) -> bool:
+        prepare = self._prepares.pop(request_id, None)
+        if prepare is not None:
+            self._asked_blocks -= num_keys(prepare.request.keys)
+        return prepare is not None
+
+    # completions ----------------------------------------------------------------------------------
+
+    def completing(self, request: CompleteStore) -> CompleteStore | None:
+        """Keep `request` until it is acknowledged, without references that are not ours (any
+        more)."""
+        refs, aborted = self._ours(request.refs), self._ours(request.aborted)
+        if not refs and not aborted:
+            return None
+        request = CompleteStore(id=request.id, refs=refs, aborted=aborted)
+        self._completions[request.id] = _Completion(request, None)
+        return request
+
+    def _ours(self, refs: bytes) -> SlotRefs:
+        named = unpack_refs(refs)
+        if self._writing.issuperset(named):  # the rule, at the speed of C
+            return SlotRefs(refs)
+        return pack_refs(ref for ref in named if ref in self._writing)
+
+    def sent(self, request: CompleteStore, due_ms: int) -> None:
+        self._completions[request.id] = _Completion(request, due_ms)
+
+    def completed(self, request_id: int) -> None:
+        completion = self._completions.pop(request_id, None)
+        if completion is not None:
+            request = completion.request
+            self._writing.difference_update(unpack_refs(request.refs + request.aborted))
+
+    @property
+    def unsent(self) -> list[CompleteStore]:
+        return [c.request for c in self._completions.values() if c.due_ms is None]
+
+    # ends -----------------------------------------------------------------------------------------
+
+    def refused(self, request_id: int, code: str) -> None:
+        """The daemon answered with an error."""
+        if self._answered(request_id):
+            self._finished.append(StoreGrant(request_id, None, code))
+        else:
+            self.completed(request_id)
+
+    def overdue(self, now_ms: int) -> bool:
+        """Whether the daemon owes an answer. Answers come in order, so the oldest of each kind
+        tells."""
+        prepare = next(iter(self._prepares.values()), None)
+        completion = next(iter(self._completions.values()), None)
+        if prepare is not None and prepare.due_ms <= now_ms:
+            return True
+        return completion is not None and (completion.due_ms or now_ms + 1) <= now_ms
+
+    def lose_outstanding(self, reason: str) -> int:
+        """Answers do not count any more: prepares end without a grant, completions wait to be sent
+        again."""
+        lost = list(self._prepares)
+        self._finished.extend(StoreGrant(request_id, None, reason) for request_id in lost)
+        self._prepares.clear()
+        self._asked_blocks = 0
+        for request_id, completion in self._completions.items():
+            self._completions[request_id] = completion._replace(due_ms=None)
+        return len(lost)
+
+    def forget(self) -> None:
+        """The pool is another one now: references to the old one mean nothing there."""
+        self.lose_outstanding("lost")
+        self._completions.clear()
+        self._writing.clear()
+
+    def take_finished(self) -> list[StoreGrant]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    @property
+    def writing(self) -> SlotRefs:
+        return pack_refs(self._writing)
+
+    def check_integrity(self) -> None:
+        for completion in self._completions.values():
+            request = completion.request
+            assert self._writing.issuperset(unpack_refs(request.refs + request.aborted))
+        asked = [prepare.request for prepare in self._prepares.values()]
+        assert self._asked_blocks == sum(num_keys(request.keys) for request in asked)
+        assert NO_REF not in self._writing

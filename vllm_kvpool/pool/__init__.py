@@ -1,0 +1,1 @@
+"""The pool daemon: no CUDA, no torch, no vLLM."""

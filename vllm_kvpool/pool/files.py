@@ -1,0 +1,195 @@
+"""A pool's folder, from the side of whoever serves or deletes it: one daemon at a time, made or
+attached.
+
+Everything that cannot work is refused before anything is made, with what to do instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from vllm_kvpool._native import PoolFormatError, PoolOwner
+from vllm_kvpool.config import PoolConfig, parse_size, pool_dir
+from vllm_kvpool.errors import ConfigError, PoolUnavailable
+from vllm_kvpool.liveness import lock_file
+from vllm_kvpool.paths import PoolPaths
+
+_LOCK_WAIT_S = 0.2
+"""Longer than anybody looks at the lock (`liveness.is_locked`), shorter than a person waits."""
+_FRESH_LOCK_S = 60
+"""Younger lock files may belong to an engine that is just about to lock them."""
+
+
+def size_text(size: float) -> str:
+    """64.0 GiB"""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+class Mount(NamedTuple):
+    """Room on a shared-memory mount."""
+
+    path: Path
+    size: int
+    free: int
+
+    @staticmethod
+    def of(path: Path) -> Mount:
+        try:
+            room = os.statvfs(path)
+        except OSError as error:
+            fix = "name a mounted tmpfs, as /dev/shm"
+            raise ConfigError("shm_dir", str(path), f"{error.strerror}: {fix}") from None
+        return Mount(path, room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize)
+
+    def fix(self, needed: int) -> str:
+        return (
+            f"make it larger (mount -o remount,size={needed} {self.path}; in a container: "
+            f"docker run --shm-size={needed}) or take a smaller --size"
+        )
+
+
+class PoolFolder:
+    """The folder of one pool, locked for a daemon (or for deleting it) until `close`."""
+
+    def __init__(self, name: str, shm_dir: str, *, group_access: bool = False) -> None:
+        """PoolUnavailable: a daemon serves it. ConfigError: it cannot be ours."""
+        self.name = name
+        self.paths = PoolPaths(pool_dir(name, shm_dir))
+        self._make(0o770 if group_access else 0o700)
+        fd = lock_file(self.paths.daemon_lock, exclusive=True, timeout_s=_LOCK_WAIT_S)
+        if fd is None:
+            raise PoolUnavailable(
+                f"pool '{name}' is served by a daemon already{self._holder()}: "
+                "stop that one first, or choose another --name"
+            )
+        self._lock = fd
+        os.truncate(fd, 0)
+        # For people only, and a full mount must not keep a pool from being served again.
+        with contextlib.suppress(OSError):
+            os.write(fd, f"{os.getpid()}\n".encode())
+
+    def _make(self, mode: int) -> None:
+        folder = self.paths.folder
+        try:
+            folder.mkdir(mode=mode, exist_ok=True)
+            owner = folder.lstat()
+            if not stat.S_ISDIR(owner.st_mode) or owner.st_uid != os.geteuid():
+                # Anybody may make a name in /dev/shm; blocks of a stranger's pool are not to be
+                # trusted.
+                fix = f"{folder} belongs to user {owner.st_uid}: choose another --name"
+                raise ConfigError("name", self.name, fix)
+            folder.chmod(mode)
+            self.paths.clients.mkdir(exist_ok=True)
+            self.paths.clients.chmod(mode)
+        except OSError as error:
+            raise ConfigError("shm_dir", str(folder.parent), str(error)) from None
+
+    def _holder(self) -> str:
+        try:
+            return f" (process {self.paths.daemon_lock.read_text().strip()})"
+        except OSError:
+            return ""
+
+    def sweep_locks(self) -> None:
+        """Delete lock files that nobody holds: left by engines that died before their Hello. Those
+        of known clients are held, or are in the hands of `PoolOwner.reap_clients`."""
+        for path in self.paths.clients.glob("*.lock"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime < _FRESH_LOCK_S:
+                    continue
+                fd = lock_file(path, exclusive=True)
+                if fd is not None:
+                    path.unlink()
+                    os.close(fd)
+
+    def remove(self) -> None:
+        """Delete the pool. Whoever still has it mapped keeps that memory until it lets go."""
+        shutil.rmtree(self.paths.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_room(config: PoolConfig) -> None:
+    """Refuse a new pool that its mount cannot hold, before anything is made."""
+    if PoolPaths(pool_dir(config.name, config.shm_dir)).pool.exists():
+        return
+    mount = Mount.of(Path(config.shm_dir))
+    size = parse_size("size", config.size, mount.size)
+    if size > mount.free:
+        raise ConfigError(
+            "size",
+            config.size,
+            f"{size_text(size)} do not fit: {mount.path} has {size_text(mount.free)} free of "
+            f"{size_text(mount.size)} ({mount.free} bytes); {mount.fix(size)}",
+        )
+
+
+def open_pool(folder: PoolFolder, config: PoolConfig, now_s: int) -> PoolOwner:
+    """Attach to the pool file, or make it. ConfigError names the ways out of what does not fit."""
+    mount = Mount.of(Path(config.shm_dir))
+    size = parse_size("size", config.size, mount.size)
+    min_block = parse_size("min_block", config.min_block, size)
+    if folder.paths.pool.exists():
+        return _attach(folder, config, size, min_block, now_s)
+    return _create(folder, config, size, min_block, mount)
+
+
+def _attach(
+    folder: PoolFolder, config: PoolConfig, size: int, min_block: int, now_s: int
+) -> PoolOwner:
+    delete = f"delete it and start cold: vllm-kvpool clear --name {folder.name}"
+    try:
+        owner = PoolOwner.attach(str(folder.paths.pool), now_s=now_s)
+    except PoolFormatError as error:
+        fix = f"{error}. Start the vllm-kvpool that made it, or {delete}"
+        raise ConfigError("name", folder.name, fix) from None
+    for field, made, asked in (
+        ("size", owner.size, size),
+        ("min_block", owner.min_slot_bytes, min_block),
+    ):
+        if made != asked:
+            kept = owner.stats()["ready"]
+            raise ConfigError(
+                field,
+                getattr(config, field),
+                f"the pool '{folder.name}' was made with {made} bytes, not {asked}. Keep its "
+                f"{kept} blocks with --{field.replace('_', '-')} {made}, or {delete}",
+            )
+    return owner
+
+
+def _create(
+    folder: PoolFolder, config: PoolConfig, size: int, min_block: int, mount: Mount
+) -> PoolOwner:
+    mode = 0o660 if config.group_access else 0o600
+    try:
+        return PoolOwner.create(str(folder.paths.pool), size, min_block, mode=mode)
+    except PoolFormatError as error:
+        folder.remove()
+        raise ConfigError("size", config.size, f"{error}: take a larger one") from None
+    except OSError as error:
+        folder.remove()
+        raise ConfigError("size", config.size, f"{error}; {mount.fix(size)}") from None

@@ -1,0 +1,301 @@
+"""What the daemon answers: one request in, one reply (or none) out. No sockets here.
+
+Nothing that comes in stops the daemon: what cannot be served is answered with an `Error` and
+counted under the error's code (`error_<code>`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import msgspec
+
+from vllm_kvpool import __version__, protocol
+from vllm_kvpool._native import FORMAT_VERSION, PoolOwner
+from vllm_kvpool.clock import now_ms, pool_time_s
+from vllm_kvpool.liveness import is_held
+from vllm_kvpool.pool.files import PoolFolder
+from vllm_kvpool.pool.prefault import Prefault
+from vllm_kvpool.pool.sessions import Session, Sessions
+from vllm_kvpool.protocol import (
+    ACCEPTED_VERSIONS,
+    MAX_DESCRIPTION_BYTES,
+    MAX_KEYS,
+    MAX_MESSAGE_BYTES,
+    MAX_TTL_S,
+    NO_CLIENT,
+    AnyReply,
+    AnyRequest,
+    Clear,
+    Cleared,
+    Completed,
+    CompleteStore,
+    Drop,
+    Error,
+    Hello,
+    Namespace,
+    Prepared,
+    PrepareStore,
+    Stats,
+    StatsReply,
+    Touch,
+    Welcome,
+)
+from vllm_kvpool.types import KEY_BYTES, REF_BYTES
+
+logger = logging.getLogger(__name__)
+
+_CLIENT_ID = re.compile(r"[0-9a-f]{32}")
+
+
+class _RefusedError(Exception):
+    """A request gets an `Error` for an answer. Never leaves this module."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Head(msgspec.Struct):
+    """What any message has, even one that we do not know: enough to address the error reply."""
+
+    id: int = 0
+
+
+_decode_head = msgspec.msgpack.Decoder(_Head).decode
+
+
+class PoolService:
+    def __init__(self, owner: PoolOwner, folder: PoolFolder, prefault: Prefault) -> None:
+        self._owner = owner
+        self._folder = folder
+        self._prefault = prefault
+        self._started_ms = now_ms()
+        self._sessions = Sessions()
+        self.counters: Counter[str] = Counter()
+
+    def handle(self, connection: bytes, payload: bytes) -> AnyReply | None:
+        """The reply to one message. The only place where errors become replies."""
+        self.counters["requests"] += 1
+        request_id = 0
+        try:
+            request = _decode(payload)
+            request_id = request.id
+            return self._answer(connection, request)
+        except msgspec.DecodeError as error:
+            return self._error(_id_of(payload), "malformed", str(error))
+        except _RefusedError as error:
+            return self._error(request_id or _id_of(payload), error.code, str(error))
+        except Exception as error:
+            logger.exception("request failed")
+            return self._error(request_id, "internal", f"{type(error).__name__}: {error}")
+
+    def undelivered(self, connection: bytes, reply: AnyReply) -> None:
+        """`reply` cannot reach its client: nobody will write to the slots it grants."""
+        self.counters["replies_lost"] += 1
+        session = self._sessions.get(connection)
+        if session is not None and isinstance(reply, Prepared):
+            self._owner.abort_store(session.client, reply.refs)
+
+    def reap(self, grace_s: int) -> None:
+        """Take back what dead clients held."""
+        for client_id in self._owner.reap_clients(pool_time_s(), grace_s):
+            logger.info("client %s is gone: its leases and unfinished stores are free", client_id)
+            self._sessions.forget_client(client_id)
+
+    def tidy(self) -> None:
+        """Forget what has expired, and files of the dead."""
+        self._owner.expire(pool_time_s())
+        self._folder.sweep_locks()
+
+    def _error(self, request_id: int, code: str, message: str) -> Error:
+        self.counters[f"error_{code}"] += 1
+        return Error(id=request_id, code=code, message=message)
+
+    def _answer(self, connection: bytes, request: AnyRequest) -> AnyReply | None:
+        if isinstance(request, Hello):
+            return self._hello(connection, request)
+        session = self._sessions.get(connection)
+        if session is None:
+            raise _RefusedError("hello", "say hello first (the daemon may have been restarted)")
+        if request.deadline_ms and now_ms() > request.deadline_ms + session.offset_ms:
+            raise _RefusedError("deadline", "too late: nothing was done")
+        match request:
+            case Stats():
+                return self._stats(request)
+            case Clear():
+                blocks = self._owner.clear(self._namespace_index(request.namespace))
+                return Cleared(id=request.id, blocks=blocks)
+            case _:
+                return self._answer_client(session.client, request)
+
+    def _answer_client(
+        self, client: int, request: PrepareStore | CompleteStore | Touch | Drop
+    ) -> AnyReply | None:
+        if client == NO_CLIENT:
+            raise _RefusedError("hello", "say hello with a client_id and a namespace for this")
+        match request:
+            case PrepareStore():
+                return self._prepare(client, request)
+            case CompleteStore():
+                return self._complete(client, request)
+            case Touch():
+                self._owner.touch(_refs(request.refs))
+            case Drop():
+                self._owner.drop(_refs(request.refs))
+        return None
+
+    # hello --------------------------------------------------------------------------------------
+
+    def _hello(self, connection: bytes, hello: Hello) -> Welcome:
+        if hello.version not in ACCEPTED_VERSIONS:
+            spoken = ", ".join(map(str, ACCEPTED_VERSIONS))
+            raise _RefusedError(
+                "version",
+                f"this daemon ({__version__}) speaks protocol {spoken}, not {hello.version}: "
+                "run the same vllm-kvpool on both sides",
+            )
+        if self._sessions.is_stale(hello.client_id, hello.now_ms):
+            raise _RefusedError("deadline", "a newer hello of this client was answered already")
+        client = self._admit(hello) if hello.client_id else NO_CLIENT
+        session = Session(client, hello.client_id, hello.now_ms, now_ms() - hello.now_ms)
+        self._sessions.add(connection, session)
+        return Welcome(
+            id=hello.id,
+            version=hello.version,
+            pool_id=self._owner.pool_id,
+            epoch=self._owner.epoch,
+            client=client,
+        )
+
+    def _admit(self, hello: Hello) -> int:
+        """Index of the client, made when new."""
+        if _CLIENT_ID.fullmatch(hello.client_id) is None or hello.namespace is None:
+            raise _RefusedError("malformed", "a client has an id of 32 hex digits and a namespace")
+        if not 0 < hello.pid < 1 << 31:
+            raise _RefusedError("malformed", "pid is the number of a process")
+        lock = self._folder.paths.client_lock(hello.client_id)
+        if not is_held(lock):
+            raise _RefusedError("lock", f"hold a shared flock on {lock.name} in clients/ first")
+        namespace = self._add_namespace(hello.namespace)
+        try:
+            client = self._owner.add_client(hello.client_id, str(lock), hello.pid, namespace)
+        except (RuntimeError, OSError) as error:
+            # No entry left in the table, or no memory left for a lease bitmap.
+            raise _RefusedError("clients_full", str(error)) from None
+        self._owner.keep_writing(client, _refs(hello.writing))
+        return client
+
+    def _add_namespace(self, namespace: Namespace) -> int:
+        if len(namespace.digest) != KEY_BYTES or not 0 < namespace.slot_bytes < 1 << 32:
+            raise _RefusedError("malformed", "a namespace has a digest of 32 bytes and a slot size")
+        try:
+            return self._owner.add_namespace(
+                namespace.digest, namespace.slot_bytes, describe(namespace.fields)
+            )
+        except ValueError as error:
+            raise _RefusedError("namespace", str(error)) from None
+
+    # verbs --------------------------------------------------------------------------------------
+
+    def _prepare(self, client: int, request: PrepareStore) -> Prepared:
+        if len(request.keys) % KEY_BYTES or len(request.parent) not in {0, KEY_BYTES}:
+            raise _RefusedError("malformed", f"keys have {KEY_BYTES} bytes each")
+        if len(request.keys) > MAX_KEYS * KEY_BYTES:
+            raise _RefusedError("too_large", f"at most {MAX_KEYS} keys a request")
+        if not 0 <= request.ttl_s <= MAX_TTL_S:
+            raise _RefusedError("malformed", f"ttl_s lies between 0 and {MAX_TTL_S}")
+        now_s = pool_time_s()
+        refs = self._owner.prepare_store(
+            client,
+            request.keys,
+            request.parent,
+            now_s,
+            expiry_s=now_s + request.ttl_s if request.ttl_s else 0,
+            pin=request.pin,
+        )
+        return Prepared(id=request.id, refs=refs)
+
+    def _complete(self, client: int, request: CompleteStore) -> Completed:
+        refs, aborted = _refs(request.refs), _refs(request.aborted)
+        ready = self._owner.complete_store(client, refs)
+        self._owner.abort_store(client, aborted)
+        return Completed(id=request.id, ready=ready)
+
+    def _namespace_index(self, digest: bytes) -> int:
+        if not digest:
+            return -1
+        for entry in self._owner.namespaces():
+            if entry["digest"] == digest.hex():
+                return int(str(entry["index"]))
+        raise _RefusedError("namespace", "no such namespace in this pool")
+
+    def _stats(self, request: Stats) -> StatsReply:
+        owner = self._owner
+        pool: dict[str, int | str] = {
+            "name": self._folder.name,
+            "pool_id": owner.pool_id,
+            "epoch": owner.epoch,
+            "size": owner.size,
+            "slab_bytes": owner.slab_bytes,
+            "num_slabs": owner.num_slabs,
+            "populated_slabs": owner.populated_slabs,
+            "prefault_error": self._prefault.failure,
+            "min_slot_bytes": owner.min_slot_bytes,
+            "pid": os.getpid(),
+            "uptime_s": (now_ms() - self._started_ms) // 1_000,
+            "package_version": __version__,
+            "format_version": FORMAT_VERSION,
+            "protocol_version": protocol.PROTOCOL_VERSION,
+        }
+        return StatsReply(
+            id=request.id,
+            pool=pool,
+            counters=owner.stats() | self.counters,
+            namespaces=[_plain(entry) for entry in owner.namespaces()],
+            clients=[_plain(entry) for entry in owner.clients()],
+        )
+
+
+def _decode(payload: bytes) -> AnyRequest:
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise _RefusedError("too_large", f"a message has at most {MAX_MESSAGE_BYTES} bytes")
+    request: AnyRequest = protocol.decode_request(payload)
+    return request
+
+
+def _id_of(payload: bytes) -> int:
+    if len(payload) > MAX_MESSAGE_BYTES:
+        return 0
+    try:
+        return _decode_head(payload).id
+    except msgspec.DecodeError:
+        return 0
+
+
+def _refs(refs: bytes) -> bytes:
+    if len(refs) % REF_BYTES:
+        raise _RefusedError("malformed", f"slot references have {REF_BYTES} bytes each")
+    return refs
+
+
+def describe(fields: dict[str, str]) -> str:
+    """JSON for `doctor`; the longest values are cut until it fits."""
+    longest = MAX_DESCRIPTION_BYTES
+    while (
+        len(text := json.dumps({k: v[:longest] for k, v in fields.items()}))
+        >= MAX_DESCRIPTION_BYTES
+    ):
+        if longest == 0:
+            return "{}"
+        longest //= 2
+    return text
+
+
+def _plain(entry: dict[str, Any]) -> dict[str, int | str]:
+    return {key: value if isinstance(value, int) else str(value) for key, value in entry.items()}
