@@ -7,6 +7,7 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include "arrays.h"
 #include "kvpool/checksum.h"
 #include "kvpool/copy.h"
 #include "kvpool/leases.h"
@@ -17,63 +18,6 @@ using namespace nb::literals;
 
 namespace kvpool {
 namespace {
-
-// A contiguous buffer of n items, borrowed for the duration of a call.
-class Items {
-  public:
-    Items(nb::handle object, size_t item_bytes, const char* name) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
-        if (static_cast<size_t>(view_.len) % item_bytes != 0) {
-            std::string message = std::string(name) + ": " + std::to_string(view_.len) + " bytes are no multiple of " +
-                                  std::to_string(item_bytes);
-            PyBuffer_Release(&view_);
-            throw std::invalid_argument(message);
-        }
-        count_ = static_cast<size_t>(view_.len) / item_bytes;
-    }
-    ~Items() { PyBuffer_Release(&view_); }
-    Items(const Items&) = delete;
-    const uint8_t* data() const { return static_cast<const uint8_t*>(view_.buf); }
-    size_t size() const { return count_; }
-
-  private:
-    Py_buffer view_{};
-    size_t count_ = 0;
-};
-
-std::vector<SlotRef> unpack_refs(nb::handle object) {
-    Items items(object, sizeof(uint64_t), "refs");
-    std::vector<SlotRef> refs(items.size());
-    for (size_t i = 0; i < refs.size(); ++i) {
-        uint64_t packed;
-        std::memcpy(&packed, items.data() + i * sizeof(packed), sizeof(packed));
-        refs[i] = SlotRef::unpack(packed);
-    }
-    return refs;
-}
-
-std::vector<BlockKey> unpack_keys(nb::handle object) {
-    Items items(object, kKeyBytes, "keys");
-    std::vector<BlockKey> keys(items.size());
-    for (size_t i = 0; i < keys.size(); ++i) keys[i] = BlockKey::from_bytes(items.data() + i * kKeyBytes);
-    return keys;
-}
-
-std::vector<CopyBlock> unpack_blocks(nb::handle refs_object, nb::handle blocks_object) {
-    std::vector<SlotRef> refs = unpack_refs(refs_object);
-    Items numbers(blocks_object, sizeof(uint32_t), "blocks");
-    if (numbers.size() != refs.size()) throw std::invalid_argument("refs and blocks differ in length");
-    std::vector<CopyBlock> blocks(refs.size());
-    for (size_t i = 0; i < refs.size(); ++i) {
-        blocks[i].ref = refs[i];
-        std::memcpy(&blocks[i].block, numbers.data() + i * sizeof(uint32_t), sizeof(uint32_t));
-    }
-    return blocks;
-}
-
-nb::bytes pack_refs(const std::vector<uint64_t>& refs, size_t count) {
-    return nb::bytes(reinterpret_cast<const char*>(refs.data()), count * sizeof(uint64_t));
-}
 
 nb::bytes derive_keys(nb::bytes mask, nb::handle hashes) {
     if (mask.size() != kKeyBytes) throw std::invalid_argument("mask: give 32 bytes");
@@ -87,7 +31,9 @@ nb::bytes derive_keys(nb::bytes mask, nb::handle hashes) {
     return nb::bytes(reinterpret_cast<const char*>(keys.data()), keys.size() * kKeyBytes);
 }
 
-std::string pool_id_of(const PoolFile& file) { return {file.header().fixed.pool_id, 32}; }
+std::string pool_id_of(const PoolFile& file) {
+    return {file.header().fixed.pool_id, 32};
+}
 
 nb::dict describe_namespace(const PoolFile& file, uint32_t index) {
     const NamespaceEntry& entry = file.namespaces()[index];
@@ -131,14 +77,26 @@ nb::list list_clients(const PoolFile& file, const ClientTable& clients) {
     return result;
 }
 
+// A slot's bytes as a buffer. It holds the mapping, and every memoryview and slice of one holds it.
+struct Payload {
+    std::shared_ptr<PoolFile> file;
+    uint8_t* data;
+    Py_ssize_t bytes;
+
+    static int get_buffer(PyObject* self, Py_buffer* view, int flags) {
+        const Payload& payload = *nb::inst_ptr<Payload>(self);
+        return PyBuffer_FillInfo(view, self, payload.data, payload.bytes, 0, flags);
+    }
+};
+PyType_Slot payload_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&Payload::get_buffer)}, {0, nullptr}};
+
 // A client's view: the mapping, and the leases once the daemon gave it a bitmap.
 struct PoolView {
     std::shared_ptr<PoolFile> file;
     IndexReader index;
     std::unique_ptr<LeaseTable> leases;
 
-    explicit PoolView(const std::string& path)
-        : file(std::make_shared<PoolFile>(PoolFile::open(path))), index(*file) {}
+    explicit PoolView(const std::string& path) : file(std::make_shared<PoolFile>(PoolFile::open(path))), index(*file) {}
 
     nb::bytes match_prefix(nb::handle keys_object, uint32_t now_s) const {
         Items keys(keys_object, kKeyBytes, "keys");
@@ -172,10 +130,16 @@ struct PoolView {
     }
     nb::object payload(uint64_t packed) const {
         SlotRef ref = SlotRef::unpack(packed);
-        if (ref.none() || ref.slot >= file->geometry().num_slots()) throw std::invalid_argument("ref: no such slot");
-        auto bytes = static_cast<Py_ssize_t>(file->slabs()[file->slab_of(ref.slot)].slot_bytes.load());
-        auto data = reinterpret_cast<char*>(file->payload(ref.slot));
-        return nb::steal(PyMemoryView_FromMemory(data, bytes, PyBUF_WRITE));
+        bool exists = !ref.none() && ref.slot < file->geometry().num_slots();
+        if (!exists || SlotWord::generation(file->slots()[ref.slot].word.load()) != ref.generation) {
+            throw std::invalid_argument("ref: no such slot");
+        }
+        const SlabEntry& slab = file->slabs()[file->slab_of(ref.slot)];
+        if (ref.slot % file->geometry().slots_per_slab >= slab.num_slots.load()) {
+            throw std::invalid_argument("ref: its slab was cut anew");
+        }
+        Payload payload{file, file->payload(ref.slot), static_cast<Py_ssize_t>(slab.slot_bytes.load())};
+        return nb::steal(PyMemoryView_FromObject(nb::cast(std::move(payload)).ptr()));
     }
     nb::dict info() const {
         const Geometry& g = file->geometry();
@@ -268,30 +232,37 @@ void bind_owner(nb::module_& m) {
                 return pack_refs(refs, refs.size());
             },
             "client"_a, "keys"_a, "parent"_a, "now_s"_a, nb::kw_only(), "expiry_s"_a = 0, "pin"_a = false)
-        .def("complete_store",
-             [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.complete_store(client, unpack_refs(refs)); },
-             "client"_a, "refs"_a)
-        .def("abort_store",
-             [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.abort_store(client, unpack_refs(refs)); },
-             "client"_a, "refs"_a)
-        .def("keep_writing",
-             [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.keep_writing(client, unpack_refs(refs)); },
-             "client"_a, "refs"_a)
-        .def("touch", [](PoolOwner& o, nb::handle refs) { o.touch(unpack_refs(refs)); }, "refs"_a)
-        .def("drop", [](PoolOwner& o, nb::handle refs) { return o.drop(unpack_refs(refs)); }, "refs"_a)
-        .def("clear",
-             [](PoolOwner& o, int name_space, bool pinned) {
-                 return o.clear(name_space < 0 ? std::nullopt : std::optional<uint32_t>(name_space), pinned);
-             },
-             "namespace"_a = -1, nb::kw_only(), "pinned"_a = true)
+        .def(
+            "complete_store",
+            [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.complete_store(client, unpack_refs(refs)); },
+            "client"_a, "refs"_a)
+        .def(
+            "abort_store",
+            [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.abort_store(client, unpack_refs(refs)); },
+            "client"_a, "refs"_a)
+        .def(
+            "keep_writing",
+            [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.keep_writing(client, unpack_refs(refs)); },
+            "client"_a, "refs"_a)
+        .def(
+            "touch", [](PoolOwner& o, nb::handle refs) { o.touch(unpack_refs(refs)); }, "refs"_a)
+        .def(
+            "drop", [](PoolOwner& o, nb::handle refs) { return o.drop(unpack_refs(refs)); }, "refs"_a)
+        .def(
+            "clear",
+            [](PoolOwner& o, int name_space, bool pinned) {
+                return o.clear(name_space < 0 ? std::nullopt : std::optional<uint32_t>(name_space), pinned);
+            },
+            "namespace"_a = -1, nb::kw_only(), "pinned"_a = true)
         .def("expire", &PoolOwner::expire, "now_s"_a)
         .def("evict", &PoolOwner::evict, "namespace"_a, "count"_a)
-        .def("beat",
-             [](PoolOwner& o, uint64_t now_ms, int64_t pid) {
-                 o.file().header().heartbeat_ms.store(now_ms);
-                 o.file().header().daemon_pid.store(pid);
-             },
-             "now_ms"_a, "pid"_a)
+        .def(
+            "beat",
+            [](PoolOwner& o, uint64_t now_ms, int64_t pid) {
+                o.file().header().heartbeat_ms.store(now_ms);
+                o.file().header().daemon_pid.store(pid);
+            },
+            "now_ms"_a, "pid"_a)
         .def("stats",
              [](PoolOwner& o) {
                  nb::dict d;
@@ -302,8 +273,10 @@ void bind_owner(nb::module_& m) {
 }
 
 void bind_view(nb::module_& m) {
+    nb::class_<Payload>(m, "Payload", nb::type_slots(payload_slots));
     nb::class_<PoolView>(m, "PoolView")
-        .def_static("open", [](const std::string& path) { return std::make_unique<PoolView>(path); }, "path"_a)
+        .def_static(
+            "open", [](const std::string& path) { return std::make_unique<PoolView>(path); }, "path"_a)
         .def_prop_ro("path", [](PoolView& v) { return v.file->path(); })
         .def_prop_ro("pool_id", [](PoolView& v) { return pool_id_of(*v.file); })
         .def_prop_ro("epoch", [](PoolView& v) { return v.file->header().epoch.load(); })
@@ -315,7 +288,7 @@ void bind_view(nb::module_& m) {
         .def("lease", &PoolView::lease, "refs"_a)
         .def("release", &PoolView::release, "refs"_a)
         .def_prop_ro("leased_slots", [](PoolView& v) { return v.leases == nullptr ? 0 : v.leases->held(); })
-        .def("payload", &PoolView::payload, "ref"_a, nb::keep_alive<0, 1>())
+        .def("payload", &PoolView::payload, "ref"_a)
         .def("check_integrity", [](PoolView& v) {
             if (v.leases != nullptr) v.leases->check_integrity();
         });
@@ -327,19 +300,22 @@ void bind_copy(nb::module_& m) {
                       unsigned>(),
              "view"_a, "regions"_a, "shard_offset"_a, "checksum"_a, "threads"_a = 2)
         .def_prop_ro("shard_bytes", [](PyCopyEngine& c) { return CopyEngine::shard_bytes(c.regions); })
-        .def("submit_store",
-             [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
-                 return c.engine.submit(Direction::kStore, unpack_blocks(refs, blocks));
-             },
-             "refs"_a, "blocks"_a)
-        .def("submit_load",
-             [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
-                 return c.engine.submit(Direction::kLoad, unpack_blocks(refs, blocks));
-             },
-             "refs"_a, "blocks"_a)
+        .def(
+            "submit_store",
+            [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
+                return c.engine.submit(Direction::kStore, unpack_blocks(refs, blocks));
+            },
+            "refs"_a, "blocks"_a)
+        .def(
+            "submit_load",
+            [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
+                return c.engine.submit(Direction::kLoad, unpack_blocks(refs, blocks));
+            },
+            "refs"_a, "blocks"_a)
         .def("poll", &PyCopyEngine::poll)
-        .def("cancel", [](PyCopyEngine& c, uint64_t job) { c.engine.cancel(job); }, "job"_a,
-             nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "cancel", [](PyCopyEngine& c, uint64_t job) { c.engine.cancel(job); }, "job"_a,
+            nb::call_guard<nb::gil_scoped_release>())
         .def("close", [](PyCopyEngine& c) { c.engine.close(); }, nb::call_guard<nb::gil_scoped_release>());
     m.attr("COPY_OK") = static_cast<int>(CopyStatus::kOk);
     m.attr("COPY_STALE") = static_cast<int>(CopyStatus::kStale);
@@ -366,12 +342,13 @@ NB_MODULE(_native, m) {
     m.attr("FORMAT_VERSION") = kFormatVersion;
     m.attr("MAX_CLIENTS") = kMaxClients;
     m.attr("MAX_NAMESPACES") = kMaxNamespaces;
-    m.def("crc32c",
-          [](nb::handle data, uint32_t seed) {
-              Items bytes(data, 1, "data");
-              return crc32c(bytes.data(), bytes.size(), seed);
-          },
-          "data"_a, "seed"_a = 0);
+    m.def(
+        "crc32c",
+        [](nb::handle data, uint32_t seed) {
+            Items bytes(data, 1, "data");
+            return crc32c(bytes.data(), bytes.size(), seed);
+        },
+        "data"_a, "seed"_a = 0);
     m.def("derive_keys", &derive_keys, "mask"_a, "hashes"_a);
     bind_owner(m);
     bind_view(m);

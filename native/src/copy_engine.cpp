@@ -1,10 +1,9 @@
-#include "kvpool/copy.h"
-
 #include <algorithm>
 #include <chrono>
 #include <utility>
 
 #include "kvpool/checksum.h"
+#include "kvpool/copy.h"
 
 namespace kvpool {
 namespace {
@@ -30,13 +29,23 @@ uint64_t CopyEngine::shard_bytes(const std::vector<Region>& regions) {
 
 CopyEngine::CopyEngine(std::shared_ptr<PoolFile> file, std::vector<Region> regions, uint64_t shard_offset,
                        uint32_t checksum, unsigned threads)
-    : file_(std::move(file)), regions_(std::move(regions)), payload_bytes_(payload_bytes(regions_)),
-      shard_offset_(shard_offset), checksum_(checksum) {
+    : file_(std::move(file)),
+      regions_(std::move(regions)),
+      payload_bytes_(payload_bytes(regions_)),
+      shard_offset_(shard_offset),
+      checksum_(checksum) {
     if (regions_.empty()) throw std::invalid_argument("regions: give at least one");
-    for (unsigned i = 0; i < std::max(threads, 1u); ++i) threads_.emplace_back([this] { run(); });
+    try {
+        for (unsigned i = 0; i < std::max(threads, 1u); ++i) threads_.emplace_back([this] { run(); });
+    } catch (...) {
+        close();  // the kernel refused a thread: end those that run
+        throw;
+    }
 }
 
-CopyEngine::~CopyEngine() { close(); }
+CopyEngine::~CopyEngine() {
+    close();
+}
 
 uint64_t CopyEngine::submit(Direction direction, std::vector<CopyBlock> blocks) {
     auto job = std::make_shared<Job>();
@@ -51,7 +60,7 @@ uint64_t CopyEngine::submit(Direction direction, std::vector<CopyBlock> blocks) 
     if (job->blocks.empty()) {
         finish(job);
     } else {
-        queue_.push_back(job);
+        (direction == Direction::kLoad ? loads_ : stores_).push_back(job);
         work_.notify_all();
     }
     return job->number;
@@ -76,12 +85,15 @@ void CopyEngine::close() {
     {
         std::lock_guard lock(mutex_);
         closing_ = true;
-        queue_.clear();
+        loads_.clear();
+        stores_.clear();
         work_.notify_all();
     }
     for (std::thread& thread : threads_) {
         if (thread.joinable()) thread.join();
     }
+    std::lock_guard lock(mutex_);
+    while (!jobs_.empty()) finish(std::shared_ptr<Job>(jobs_.begin()->second));
 }
 
 void CopyEngine::finish(const std::shared_ptr<Job>& job) {
@@ -89,16 +101,20 @@ void CopyEngine::finish(const std::shared_ptr<Job>& job) {
     jobs_.erase(job->number);
 }
 
+std::shared_ptr<CopyEngine::Job> CopyEngine::next_job() {
+    for (auto* queue : {&loads_, &stores_}) {
+        while (!queue->empty() && queue->front()->next >= queue->front()->blocks.size()) queue->pop_front();
+        if (!queue->empty()) return queue->front();
+    }
+    return nullptr;
+}
+
 void CopyEngine::run() {
     std::unique_lock lock(mutex_);
     while (true) {
-        work_.wait(lock, [this] { return closing_ || !queue_.empty(); });
+        std::shared_ptr<Job> job;
+        work_.wait(lock, [&] { return closing_ || (job = next_job()) != nullptr; });
         if (closing_) return;
-        std::shared_ptr<Job> job = queue_.front();
-        if (job->next >= job->blocks.size()) {
-            queue_.pop_front();
-            continue;
-        }
         size_t i = job->next++;
         ++job->busy;
         lock.unlock();
@@ -116,13 +132,15 @@ CopyStatus CopyEngine::copy(Direction direction, const CopyBlock& block) const {
     if (block.ref.none() || block.ref.slot >= file_->geometry().num_slots()) return CopyStatus::kStale;
     const SlotHeader& header = file_->slots()[block.ref.slot];
     uint64_t word = SlotWord::make(block.ref.generation, expected);
-    // The evictor may have a leased slot EVICTING for a moment before it puts it back; the bytes stay.
+    // A leased slot may be EVICTING: the bytes stay until the lease ends.
     auto still_ours = [&] {
         uint64_t now = header.word.load(std::memory_order_acquire);
-        return now == word || (direction == Direction::kLoad &&
-                               now == SlotWord::make(block.ref.generation, SlotState::kEvicting));
+        return now == word ||
+               (direction == Direction::kLoad && now == SlotWord::make(block.ref.generation, SlotState::kEvicting));
     };
     if (!still_ours()) return CopyStatus::kStale;
+    // Whatever the two sides think of each other's layout, no byte lands behind the slot.
+    if (shard_offset_ + payload_bytes_ + sizeof(ShardTrailer) > header.length.load()) return CopyStatus::kStale;
     BlockKey key = header.load_key();
     uint8_t* shard = file_->payload(block.ref.slot) + shard_offset_;
     CopyStatus status = CopyStatus::kOk;

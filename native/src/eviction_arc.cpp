@@ -21,6 +21,7 @@ class Arc final : public EvictionPolicy {
         ghosts_often_.set_capacity(capacity);
     }
     void insert(uint32_t slot, uint64_t key_hash) override {
+        stuck_ = nullptr;
         nodes_[slot].key_hash = key_hash;
         uint64_t b1 = std::max<uint64_t>(ghosts_once_.size(), 1), b2 = std::max<uint64_t>(ghosts_often_.size(), 1);
         if (ghosts_once_.take(key_hash)) {
@@ -38,10 +39,15 @@ class Arc final : public EvictionPolicy {
         often_.push_newest(slot);
     }
     uint32_t coldest() override {
-        bool from_once = once_.size() > 0 && (once_.size() > target_ || often_.size() == 0);
+        bool from_once = once_.size() > target_;
+        if (once_.size() == 0 || stuck_ == &once_) from_once = false;
+        if (often_.size() == 0 || stuck_ == &often_) from_once = once_.size() > 0;
         return from_once ? once_.oldest() : often_.oldest();
     }
-    void spare(uint32_t slot) override { list_of(slot).refresh(slot); }
+    void spare(uint32_t slot) override {
+        stuck_ = &list_of(slot);
+        stuck_->refresh(slot);
+    }
     void evicted(uint32_t slot) override {
         (once_.has(slot) ? ghosts_once_ : ghosts_often_).add(nodes_[slot].key_hash);
         list_of(slot).remove(slot);
@@ -61,12 +67,15 @@ class Arc final : public EvictionPolicy {
     LazyArray<SlotNode> nodes_;
     SlotList once_{nodes_, 1}, often_{nodes_, 2};
     Ghosts ghosts_once_, ghosts_often_;
+    SlotList* stuck_ = nullptr;  // its oldest could not go: try the other one until something new comes
     uint64_t capacity_ = 0;
     uint64_t target_ = 0;
 };
 
 }  // namespace
 
-std::unique_ptr<EvictionPolicy> make_arc(size_t num_slots) { return std::make_unique<Arc>(num_slots); }
+std::unique_ptr<EvictionPolicy> make_arc(size_t num_slots) {
+    return std::make_unique<Arc>(num_slots);
+}
 
 }  // namespace kvpool

@@ -27,6 +27,8 @@ class Lru final : public EvictionPolicy {
 
 }  // namespace
 
-std::unique_ptr<EvictionPolicy> make_lru(size_t num_slots) { return std::make_unique<Lru>(num_slots); }
+std::unique_ptr<EvictionPolicy> make_lru(size_t num_slots) {
+    return std::make_unique<Lru>(num_slots);
+}
 
 }  // namespace kvpool

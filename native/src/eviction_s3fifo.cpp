@@ -21,6 +21,7 @@ class S3Fifo final : public EvictionPolicy {
         ghosts_.set_capacity(capacity - capacity / kSmallShare);
     }
     void insert(uint32_t slot, uint64_t key_hash) override {
+        stuck_ = nullptr;
         nodes_[slot].key_hash = key_hash;
         nodes_[slot].freq = 0;
         (ghosts_.take(key_hash) ? main_ : small_).push_newest(slot);
@@ -28,7 +29,9 @@ class S3Fifo final : public EvictionPolicy {
     void hit(uint32_t slot) override { nodes_[slot].freq = std::min<uint8_t>(nodes_[slot].freq + 1, kMaxFrequency); }
     uint32_t coldest() override {
         while (size() > 0) {
-            bool from_small = small_.size() >= small_target_ || main_.size() == 0;
+            bool from_small = small_.size() >= small_target_;
+            if (small_.size() == 0 || stuck_ == &small_) from_small = false;
+            if (main_.size() == 0 || stuck_ == &main_) from_small = small_.size() > 0;
             uint32_t slot = from_small ? small_.oldest() : main_.oldest();
             SlotNode& node = nodes_[slot];
             if (node.freq == 0) return slot;
@@ -43,7 +46,10 @@ class S3Fifo final : public EvictionPolicy {
         }
         return kNoSlot;
     }
-    void spare(uint32_t slot) override { list_of(slot).refresh(slot); }
+    void spare(uint32_t slot) override {
+        stuck_ = &list_of(slot);
+        stuck_->refresh(slot);
+    }
     void evicted(uint32_t slot) override {
         if (small_.has(slot)) ghosts_.add(nodes_[slot].key_hash);
         list_of(slot).remove(slot);
@@ -61,12 +67,15 @@ class S3Fifo final : public EvictionPolicy {
 
     LazyArray<SlotNode> nodes_;
     SlotList small_{nodes_, 1}, main_{nodes_, 2};
+    SlotList* stuck_ = nullptr;  // its oldest could not go: try the other one until something new comes
     Ghosts ghosts_;
     uint64_t small_target_ = 1;
 };
 
 }  // namespace
 
-std::unique_ptr<EvictionPolicy> make_s3fifo(size_t num_slots) { return std::make_unique<S3Fifo>(num_slots); }
+std::unique_ptr<EvictionPolicy> make_s3fifo(size_t num_slots) {
+    return std::make_unique<S3Fifo>(num_slots);
+}
 
 }  // namespace kvpool

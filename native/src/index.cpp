@@ -8,9 +8,15 @@ namespace {
 
 constexpr size_t kGroup = 32;  // enough misses in flight to fill a core's load queue
 
-uint64_t pack_entry(uint32_t tag, uint32_t slot) { return static_cast<uint64_t>(tag) << 32 | (slot + 1ull); }
-uint32_t entry_tag(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
-uint32_t entry_slot(uint64_t entry) { return static_cast<uint32_t>(entry) - 1; }
+uint64_t pack_entry(uint32_t tag, uint32_t slot) {
+    return static_cast<uint64_t>(tag) << 32 | (slot + 1ull);
+}
+uint32_t entry_tag(uint64_t entry) {
+    return static_cast<uint32_t>(entry >> 32);
+}
+uint32_t entry_slot(uint64_t entry) {
+    return static_cast<uint32_t>(entry) - 1;
+}
 
 }  // namespace
 

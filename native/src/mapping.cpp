@@ -57,7 +57,7 @@ Geometry read_geometry(int fd, const std::string& path) {
     }
     const auto& fixed = header.fixed;
     Geometry geometry = Geometry::derive(fixed.size, fixed.slab_bytes, fixed.min_slot_bytes);
-    struct stat st {};
+    struct stat st{};
     if (fstat(fd, &st) != 0) throw_errno(path);
     if (static_cast<uint64_t>(st.st_size) != geometry.end) throw PoolFormatError(path + " is cut short");
     return geometry;
@@ -104,7 +104,9 @@ PoolFile PoolFile::open(const std::string& path) {
 PoolFile::PoolFile(PoolFile&& other) noexcept
     : path_(std::move(other.path_)), geometry_(other.geometry_), base_(std::exchange(other.base_, nullptr)) {}
 
-PoolFile::~PoolFile() { close(); }
+PoolFile::~PoolFile() {
+    close();
+}
 
 void PoolFile::close() {
     if (base_ != nullptr) munmap(base_, geometry_.end);

@@ -6,6 +6,11 @@
 #include "kvpool/leases.h"
 
 namespace kvpool {
+namespace {
+
+constexpr size_t kFewExpiries = 1024;
+
+}  // namespace
 
 std::unique_ptr<PoolOwner> PoolOwner::create(const std::string& path, uint64_t size, uint64_t min_slot_bytes,
                                              unsigned mode, const std::string& policy) {
@@ -14,9 +19,17 @@ std::unique_ptr<PoolOwner> PoolOwner::create(const std::string& path, uint64_t s
 }
 
 PoolOwner::PoolOwner(PoolFile file, const std::string& policy)
-    : file_(std::move(file)), policy_name_(policy), clients_(file_), index_(file_), slabs_(file_),
-      chains_(file_.geometry().num_slots()), policies_(kMaxNamespaces), counts_(kMaxNamespaces),
-      idle_since_s_(kMaxNamespaces), guard_(file_.geometry().num_slots()) {
+    : file_(std::move(file)),
+      policy_name_(policy),
+      clients_(file_),
+      index_(file_),
+      slabs_(file_),
+      chains_(file_.geometry().num_slots()),
+      policies_(kMaxNamespaces),
+      counts_(kMaxNamespaces),
+      idle_since_s_(kMaxNamespaces),
+      search_again_s_(kMaxNamespaces),
+      guard_(file_.geometry().num_slots()) {
     make_policy(policy_name_, 1);  // an unknown name fails here, not at the first store
 }
 
@@ -24,21 +37,17 @@ PoolOwner::PoolOwner(PoolFile file, const std::string& policy)
 
 uint32_t PoolOwner::add_namespace(const uint8_t* digest, uint32_t slot_bytes, const std::string& description) {
     NamespaceEntry* table = file_.namespaces();
-    uint32_t place = kMaxNamespaces;
-    for (uint32_t i = kMaxNamespaces; i-- > 0;) {
-        if (table[i].active.load() == 0) {
-            place = i;
-        } else if (std::memcmp(table[i].digest, digest, sizeof(table[i].digest)) == 0) {
-            if (table[i].slot_bytes.load() == slot_bytes) return i;
-            throw std::invalid_argument("slot_bytes = " + std::to_string(slot_bytes) + ": this namespace has " +
-                                        std::to_string(table[i].slot_bytes.load()));
-        }
+    for (uint32_t i = 0; i < kMaxNamespaces; ++i) {
+        if (table[i].active.load() == 0 || std::memcmp(table[i].digest, digest, sizeof(table[i].digest)) != 0) continue;
+        if (table[i].slot_bytes.load() == slot_bytes) return i;
+        throw std::invalid_argument("slot_bytes = " + std::to_string(slot_bytes) + ": this namespace has " +
+                                    std::to_string(table[i].slot_bytes.load()));
     }
     if (slot_bytes == 0 || slot_bytes > file_.geometry().slab_bytes) {
         throw std::invalid_argument("slot_bytes = " + std::to_string(slot_bytes) + ": a slab has " +
                                     std::to_string(file_.geometry().slab_bytes) + " bytes; use a larger pool");
     }
-    if (place == kMaxNamespaces) throw std::invalid_argument("namespace: the pool has 64 already; clear it");
+    uint32_t place = unused_namespace();
     NamespaceEntry& entry = table[place];
     std::memcpy(entry.digest, digest, sizeof(entry.digest));
     size_t length = std::min(description.size(), kDescriptionBytes - 1);
@@ -50,8 +59,24 @@ uint32_t PoolOwner::add_namespace(const uint8_t* digest, uint32_t slot_bytes, co
     return place;
 }
 
+uint32_t PoolOwner::unused_namespace() {
+    for (bool retired : {false, true}) {
+        for (uint32_t i = 0; i < kMaxNamespaces; ++i) {
+            // Others may have taken all the slabs of a namespace whose engines have gone.
+            if (retired) retire(i);
+            if (!known(i)) return i;
+        }
+    }
+    throw std::invalid_argument("namespace: the pool has 64 already; clear it");
+}
+
+void PoolOwner::expect_known(uint32_t name_space) const {
+    if (!known(name_space)) throw std::invalid_argument("namespace " + std::to_string(name_space) + ": unknown");
+}
+
 uint32_t PoolOwner::add_client(const std::string& client_id, const std::string& lock_path, int pid,
                                uint32_t name_space) {
+    expect_known(name_space);
     auto client = clients_.add(client_id, lock_path, pid, name_space);
     if (!client) throw std::runtime_error("the pool has " + std::to_string(kMaxClients) + " clients already");
     return *client;
@@ -73,7 +98,9 @@ std::vector<std::string> PoolOwner::reap_clients(uint32_t now_s, uint32_t grace_
 // slots -----------------------------------------------------------------------------------------------------------
 
 bool PoolOwner::is(SlotRef ref, SlotState wanted) const {
-    return !ref.none() && ref.slot < file_.geometry().num_slots() &&
+    if (ref.none() || ref.slot >= file_.geometry().num_slots()) return false;
+    // References come from outside: the headers of a slab that is nobody's may not even have pages.
+    return file_.slabs()[file_.slab_of(ref.slot)].owner.load(std::memory_order_relaxed) != 0 &&
            header(ref.slot).word.load(std::memory_order_acquire) == SlotWord::make(ref.generation, wanted);
 }
 
@@ -86,7 +113,8 @@ uint32_t PoolOwner::checksum_of(uint32_t slot) const {
     struct {
         BlockKey key;
         uint32_t generation, length, expiry_s, parent_tag, flags;
-    } covered{h.load_key(),          SlotWord::generation(h.word.load()), h.length.load(), h.expiry_s.load(),
+    } covered{h.load_key(),        SlotWord::generation(h.word.load()),
+              h.length.load(),     h.expiry_s.load(),
               h.parent_tag.load(), h.flags.load()};
     return crc32c(&covered, offsetof(decltype(covered), flags) + sizeof(covered.flags), slot);
 }
@@ -96,22 +124,21 @@ void PoolOwner::start_writing(uint32_t slot, uint32_t client, const BlockKey& ke
     SlotHeader& h = header(slot);
     uint32_t generation = SlotWord::generation(h.word.load(std::memory_order_relaxed)) + 1;
     if (generation == 0) generation = 1;
-    h.word.store(SlotWord::make(generation, SlotState::kWriting), std::memory_order_seq_cst);
+    // The word comes last: whoever dies before it leaves a FREE slot, and nothing in that is believed.
     h.store_key(key);
     h.length.store(file_.slabs()[file_.slab_of(slot)].slot_bytes.load(), std::memory_order_release);
     h.expiry_s.store(options.expiry_s, std::memory_order_release);
     h.parent_tag.store(parent_tag, std::memory_order_release);
     h.flags.store(options.pin ? kFlagPinned : 0, std::memory_order_release);
     h.owner.store(static_cast<uint16_t>(client), std::memory_order_release);
+    h.word.store(SlotWord::make(generation, SlotState::kWriting), std::memory_order_seq_cst);
     index_.insert(key, slot);
     ++counts_of(slot).writing;
 }
 
 void PoolOwner::make_ready(uint32_t slot) {
-    SlotHeader& h = header(slot);
-    uint32_t generation = SlotWord::generation(h.word.load(std::memory_order_relaxed));
-    h.checksum.store(checksum_of(slot), std::memory_order_release);
-    h.word.store(SlotWord::make(generation, SlotState::kReady), std::memory_order_seq_cst);
+    header(slot).checksum.store(checksum_of(slot), std::memory_order_release);
+    set_state(slot, SlotState::kReady);
     NamespaceCounts& counts = counts_of(slot);
     --counts.writing;
     ++counts.ready;
@@ -121,7 +148,7 @@ void PoolOwner::make_ready(uint32_t slot) {
 void PoolOwner::enter_policy(uint32_t slot) {
     SlotHeader& h = header(slot);
     uint32_t expiry_s = h.expiry_s.load();
-    if (expiry_s != 0) expiries_.push({expiry_s, {slot, SlotWord::generation(h.word.load())}});
+    if (expiry_s != 0) note_expiry(slot, expiry_s);
     if (pinned(slot)) {
         ++counts_of(slot).pinned;
     } else {
@@ -129,23 +156,53 @@ void PoolOwner::enter_policy(uint32_t slot) {
     }
 }
 
+void PoolOwner::note_expiry(uint32_t slot, uint32_t expiry_s) {
+    // Evicted blocks leave their notes behind; a day of them would be gigabytes.
+    if (expiries_.size() >= expiries_limit_) {
+        auto gone = [this](const Expiry& e) { return !is(e.ref, SlotState::kReady); };
+        expiries_.erase(std::remove_if(expiries_.begin(), expiries_.end(), gone), expiries_.end());
+        std::make_heap(expiries_.begin(), expiries_.end(), std::greater<>());
+        expiries_limit_ = std::max(2 * expiries_.size(), kFewExpiries);
+    }
+    expiries_.push_back({expiry_s, {slot, SlotWord::generation(header(slot).word.load())}});
+    std::push_heap(expiries_.begin(), expiries_.end(), std::greater<>());
+}
+
+void PoolOwner::link(uint32_t child, uint32_t parent) {
+    // Keys of another namespace are none of ours, whatever a client says.
+    if (chains_.parent(child) == kNoSlot && namespace_of(child) == namespace_of(parent)) chains_.link(child, parent);
+}
+
 void PoolOwner::free_slot(uint32_t slot) {
-    SlotHeader& h = header(slot);
-    uint32_t generation = SlotWord::generation(h.word.load(std::memory_order_relaxed));
-    h.word.store(SlotWord::make(generation, SlotState::kFree), std::memory_order_seq_cst);
+    set_state(slot, SlotState::kFree);
     slabs_.give(slot);
 }
 
 bool PoolOwner::remove_ready(uint32_t slot, bool evicted) {
-    SlotHeader& h = header(slot);
-    uint64_t ready = h.word.load(std::memory_order_relaxed);
-    h.word.store(SlotWord::make(SlotWord::generation(ready), SlotState::kEvicting), std::memory_order_seq_cst);
-    if (is_leased(file_, slot)) {
-        h.word.store(ready, std::memory_order_seq_cst);
+    // Look before asking: while it is EVICTING, lookups of this block are misses.
+    bool leased = is_leased(file_, slot);
+    if (!leased) {
+        set_state(slot, SlotState::kEvicting);
+        leased = is_leased(file_, slot);
+        if (leased) set_state(slot, SlotState::kReady);
+    }
+    if (leased) {
         ++counters_.lease_vetoes;
         return false;
     }
-    index_.erase(h.load_key(), slot);
+    withdraw(slot, evicted);
+    free_slot(slot);
+    return true;
+}
+
+void PoolOwner::forget(uint32_t slot) {
+    set_state(slot, SlotState::kEvicting);
+    withdraw(slot, false);
+    free_or_doom(slot);
+}
+
+void PoolOwner::withdraw(uint32_t slot, bool evicted) {
+    index_.erase(header(slot).load_key(), slot);
     chains_.unlink(slot);
     NamespaceCounts& counts = counts_of(slot);
     if (pinned(slot)) {
@@ -156,43 +213,33 @@ bool PoolOwner::remove_ready(uint32_t slot, bool evicted) {
         policy_of(slot).erase(slot);
     }
     --counts.ready;
-    free_slot(slot);
-    return true;
 }
 
-void PoolOwner::forget(uint32_t slot) {
-    if (remove_ready(slot, false)) return;
-    SlotHeader& h = header(slot);
-    index_.erase(h.load_key(), slot);
-    chains_.unlink(slot);
-    NamespaceCounts& counts = counts_of(slot);
-    if (pinned(slot)) {
-        --counts.pinned;
-    } else {
-        policy_of(slot).erase(slot);
-    }
-    --counts.ready;
-    ++counts.doomed;
-    h.flags.store(kFlagDoomed, std::memory_order_release);
+void PoolOwner::free_or_doom(uint32_t slot) {
+    set_state(slot, SlotState::kEvicting);
+    if (!is_leased(file_, slot)) return free_slot(slot);
+    ++counts_of(slot).doomed;
     doomed_.push_back(slot);
 }
 
-void PoolOwner::bury_doomed() {
-    auto still_leased = [this](uint32_t slot) {
-        if (is_leased(file_, slot)) return true;
+void PoolOwner::bury_doomed(size_t limit) {
+    for (size_t n = std::min(limit, doomed_.size()); n > 0; --n) {
+        uint32_t slot = doomed_.front();
+        doomed_.pop_front();
         --counts_of(slot).doomed;
-        free_slot(slot);
-        return false;
-    };
-    doomed_.erase(std::partition(doomed_.begin(), doomed_.end(), still_leased), doomed_.end());
+        free_or_doom(slot);
+    }
 }
 
 // the verbs -------------------------------------------------------------------------------------------------------
 
-void PoolOwner::guard(uint32_t slot) { guard_[slot] = guard_stamp_; }
+void PoolOwner::guard(uint32_t slot) {
+    guard_[slot] = guard_stamp_;
+}
 
 void PoolOwner::prepare_store(uint32_t client, const std::vector<BlockKey>& keys, const BlockKey* parent,
                               uint32_t now_s, const StoreOptions& options, uint64_t* refs) {
+    if (client >= kMaxClients || !clients_.active(client)) throw std::invalid_argument("client: unknown");
     uint32_t name_space = clients_.name_space(client);
     ++guard_stamp_;
     uint32_t above = parent != nullptr ? index_.find(*parent) : kNoSlot;
@@ -206,14 +253,17 @@ void PoolOwner::prepare_store(uint32_t client, const std::vector<BlockKey>& keys
             ++counters_.duplicates;
         } else if (!exhausted && (slot = take_slot(name_space, keys.size() - i, now_s, exhausted)) != kNoSlot) {
             start_writing(slot, client, keys[i], above_tag, options);
-            if (above != kNoSlot) chains_.link(slot, above);
             refs[i] = SlotRef{slot, SlotWord::generation(header(slot).word.load())}.pack();
         } else {
             // A chain with a hole is worth nothing behind it.
             exhausted = true;
             ++counters_.no_room;
         }
-        if (slot != kNoSlot) guard(slot);
+        if (slot != kNoSlot) {
+            // Blocks that were there already, too: their parent may have been dropped and be stored again here.
+            if (above != kNoSlot) link(slot, above);
+            guard(slot);
+        }
         above = slot;
         above_tag = keys[i].tag();
     }
@@ -266,19 +316,18 @@ size_t PoolOwner::keep_writing(uint32_t client, const std::vector<SlotRef>& refs
 
 void PoolOwner::touch(const std::vector<SlotRef>& chain) {
     for (size_t i = chain.size(); i-- > 0;) {
-        if (!visible(chain[i])) continue;
+        if (!is(chain[i], SlotState::kReady)) continue;
         uint32_t slot = chain[i].slot;
         if (!pinned(slot)) policy_of(slot).hit(slot);
         // A block whose parent was dropped and stored again finds it here.
-        bool orphan = i > 0 && chains_.parent(slot) == kNoSlot && visible(chain[i - 1]);
-        if (orphan && namespace_of(chain[i - 1].slot) == namespace_of(slot)) chains_.link(slot, chain[i - 1].slot);
+        if (i > 0 && is(chain[i - 1], SlotState::kReady)) link(slot, chain[i - 1].slot);
     }
 }
 
 size_t PoolOwner::drop(const std::vector<SlotRef>& refs) {
     size_t dropped = 0;
     for (SlotRef ref : refs) {
-        if (!visible(ref)) continue;
+        if (!is(ref, SlotState::kReady)) continue;
         forget(ref.slot);
         ++dropped;
     }
@@ -292,7 +341,7 @@ size_t PoolOwner::clear(std::optional<uint32_t> name_space, bool with_pinned) {
         if (name_space && *name_space != ns) continue;
         for (uint32_t slab : slabs_.slabs_of(ns)) {
             slabs_.for_each_slot(slab, [&](uint32_t slot) {
-                bool stays = state(slot) != SlotState::kReady || doomed(slot) || (pinned(slot) && !with_pinned);
+                bool stays = state(slot) != SlotState::kReady || (pinned(slot) && !with_pinned);
                 if (!stays) cleared += remove_ready(slot, false);
             });
         }
@@ -316,9 +365,11 @@ void PoolOwner::retire(uint32_t name_space) {
 
 size_t PoolOwner::expire(uint32_t now_s) {
     size_t expired = 0;
-    for (; !expiries_.empty() && expiries_.top().at_s <= now_s; expiries_.pop()) {
-        SlotRef ref = expiries_.top().ref;
-        if (!visible(ref)) continue;
+    while (!expiries_.empty() && expiries_.front().at_s <= now_s) {
+        SlotRef ref = expiries_.front().ref;
+        std::pop_heap(expiries_.begin(), expiries_.end(), std::greater<>());
+        expiries_.pop_back();
+        if (!is(ref, SlotState::kReady)) continue;
         forget(ref.slot);
         ++expired;
     }

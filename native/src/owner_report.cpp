@@ -11,6 +11,7 @@
 namespace kvpool {
 
 NamespaceCounts PoolOwner::counts(uint32_t name_space) const {
+    expect_known(name_space);
     NamespaceCounts counts = counts_[name_space];
     counts.slabs = slabs_.slabs_of(name_space).size();
     counts.slots = slabs_.num_slots(name_space);
@@ -57,9 +58,8 @@ void PoolOwner::check_integrity() const {
         for (uint32_t slab : slabs_.slabs_of(ns)) {
             slabs_.for_each_slot(slab, [&](uint32_t slot) {
                 SlotState now = state(slot);
-                ensure(now != SlotState::kEvicting, "a slot is EVICTING between two calls");
                 if (now == SlotState::kFree) return;
-                if (header(slot).flags.load() & kFlagDoomed) {
+                if (now == SlotState::kEvicting) {
                     ++seen.doomed;
                     return;
                 }
@@ -90,7 +90,8 @@ void PoolOwner::check_integrity() const {
 
 void PoolOwner::advise_hugepages() {
     const Geometry& g = file_.geometry();
-    if (madvise(file_.base() + g.slabs_at, g.end - g.slabs_at, MADV_HUGEPAGE) != 0) throw_errno("madvise(MADV_HUGEPAGE)");
+    if (madvise(file_.base() + g.slabs_at, g.end - g.slabs_at, MADV_HUGEPAGE) != 0)
+        throw_errno("madvise(MADV_HUGEPAGE)");
 }
 
 void PoolOwner::bind_numa(const std::vector<unsigned>& nodes) {

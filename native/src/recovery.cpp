@@ -9,6 +9,12 @@ namespace {
 // many at a time.
 constexpr uint32_t kAhead = 16;
 
+// Stays in the slab: the next one's headers may not have pages.
+uint32_t slot_ahead(const PoolFile& file, uint32_t slot) {
+    uint32_t place = static_cast<uint32_t>(slot % file.geometry().slots_per_slab);
+    return place + kAhead < file.geometry().slots_per_slab ? slot + kAhead : slot;
+}
+
 std::string lock_path_of(const std::string& pool_path, const std::string& client_id) {
     return pool_path.substr(0, pool_path.rfind('/') + 1) + "clients/" + client_id + ".lock";
 }
@@ -32,13 +38,12 @@ void PoolOwner::recover(uint32_t now_s) {
         refresh_capacity(ns);
         for (uint32_t slab : slabs_.slabs_of(ns)) {
             slabs_.for_each_slot(slab, [&](uint32_t slot) {
-                if (slot + kAhead < file_.geometry().num_slots()) index_.expect(header(slot + kAhead).load_key().tag());
+                index_.expect(header(slot_ahead(file_, slot)).load_key().tag());
                 recover_slot(slot, ns);
             });
         }
     }
     recover_links();
-    bury_doomed();
     expire(now_s);
 }
 
@@ -48,22 +53,20 @@ void PoolOwner::recover_slot(uint32_t slot, uint32_t name_space) {
     SlotState was = SlotWord::state(word);
     if (was == SlotState::kFree) return;
     slabs_.adopt(slot);
-    bool whole = h.checksum.load() == checksum_of(slot) && index_.find(h.load_key()) == kNoSlot;
-    if (was == SlotState::kWriting && clients_.active(h.owner.load()) && clients_.alive(h.owner.load())) {
+    bool alone = index_.find(h.load_key()) == kNoSlot;
+    uint16_t owner = h.owner.load();
+    if (was == SlotState::kWriting && alone && owner < kMaxClients && clients_.active(owner)) {
+        // Should the owner be dead, reap_clients frees it when no DMA can be in flight any more.
         index_.insert(h.load_key(), slot);
         ++counts_[name_space].writing;
-    } else if (was != SlotState::kWriting && whole) {
-        // EVICTING too: the decision was not carried out, and a client may hold it.
-        h.word.store(SlotWord::make(SlotWord::generation(word), SlotState::kReady));
+    } else if (was == SlotState::kReady && alone && h.checksum.load() == checksum_of(slot)) {
         index_.insert(h.load_key(), slot);
         ++counts_[name_space].ready;
         enter_policy(slot);
         ++counters_.recovered;
     } else {
-        h.flags.store(kFlagDoomed);
-        h.owner.store(UINT16_MAX);
-        ++counts_[name_space].doomed;
-        doomed_.push_back(slot);
+        // EVICTING too: a victim that was not leased, or a block that had to go.
+        free_or_doom(slot);
         ++counters_.discarded;
     }
 }
@@ -72,12 +75,12 @@ void PoolOwner::recover_links() {
     for (uint32_t ns = 0; ns < kMaxNamespaces; ++ns) {
         for (uint32_t slab : slabs_.slabs_of(ns)) {
             slabs_.for_each_slot(slab, [&](uint32_t slot) {
-                if (slot + kAhead < file_.geometry().num_slots()) index_.expect(header(slot + kAhead).parent_tag.load());
-                bool kept = state(slot) != SlotState::kFree && !(header(slot).flags.load() & kFlagDoomed);
+                index_.expect(header(slot_ahead(file_, slot)).parent_tag.load());
+                SlotState now = state(slot);
                 uint32_t tag = header(slot).parent_tag.load();
-                if (!kept || tag == 0) return;
+                if ((now != SlotState::kReady && now != SlotState::kWriting) || tag == 0) return;
                 uint32_t parent = index_.find_tag(tag);
-                if (parent != kNoSlot && namespace_of(parent) == ns) chains_.link(slot, parent);
+                if (parent != kNoSlot) link(slot, parent);
             });
         }
     }

@@ -5,12 +5,30 @@
 namespace kvpool {
 
 SlabAllocator::SlabAllocator(const PoolFile& file)
-    : file_(file), slabs_(file.geometry().num_slabs), namespaces_(kMaxNamespaces),
+    : file_(file),
+      slabs_(file.geometry().num_slabs),
+      namespaces_(kMaxNamespaces),
       next_free_(file.geometry().num_slots()) {
     for (uint32_t slab = 0; slab < slabs_.size(); ++slab) {
         uint32_t owner = file_.slabs()[slab].owner.load(std::memory_order_relaxed);
-        if (owner != 0) join(slab, owner - 1);
+        if (owner == 0) continue;
+        if (!plausible(slab)) {
+            throw PoolFormatError("damaged slab table, slab " + std::to_string(slab));
+        }
+        join(slab, owner - 1);
     }
+}
+
+bool SlabAllocator::plausible(uint32_t slab) const {
+    const SlabEntry& entry = file_.slabs()[slab];
+    uint32_t owner = entry.owner.load(), slot_bytes = entry.slot_bytes.load();
+    return owner <= kMaxNamespaces && file_.namespaces()[owner - 1].active.load() != 0 && slot_bytes > 0 &&
+           entry.num_slots.load() == num_slots_of(slot_bytes);
+}
+
+uint32_t SlabAllocator::num_slots_of(uint32_t slot_bytes) const {
+    const Geometry& g = file_.geometry();
+    return static_cast<uint32_t>(std::min(g.slab_bytes / slot_bytes, g.slots_per_slab));
 }
 
 void SlabAllocator::join(uint32_t slab, uint32_t name_space) {
@@ -83,10 +101,8 @@ bool SlabAllocator::assign_any(uint32_t name_space, uint32_t slot_bytes) {
             continue;
         }
         if (table[slab].populated.load(std::memory_order_acquire) == 0) continue;
-        uint64_t fit = file_.geometry().slab_bytes / slot_bytes;
         table[slab].slot_bytes.store(slot_bytes, std::memory_order_relaxed);
-        table[slab].num_slots.store(
-            static_cast<uint32_t>(std::min<uint64_t>(fit, file_.geometry().slots_per_slab)), std::memory_order_relaxed);
+        table[slab].num_slots.store(num_slots_of(slot_bytes), std::memory_order_relaxed);
         table[slab].owner.store(name_space + 1, std::memory_order_release);
         join(slab, name_space);
         return true;

@@ -13,6 +13,7 @@ namespace kvpool {
 
 class ClientTable {
   public:
+    // PoolFormatError when the client table of the file cannot be true.
     explicit ClientTable(const PoolFile& file);
     ~ClientTable();
     ClientTable(const ClientTable&) = delete;
@@ -26,8 +27,6 @@ class ClientTable {
     bool active(uint32_t client) const;
     std::string id(uint32_t client) const;
     uint32_t name_space(uint32_t client) const;
-    // Does a process of this client hold its lock now?
-    bool alive(uint32_t client);
     // Clients that nobody holds since more than `grace_s`: a DMA in flight of a dying engine has ended by then.
     std::vector<uint32_t> dead(uint32_t now_s, uint32_t grace_s);
     void remove(uint32_t client);
@@ -39,7 +38,7 @@ class ClientTable {
         std::string path;
         std::optional<uint32_t> dead_since_s;  // we hold it exclusively since then
     };
-    bool nobody_holds(uint32_t client);
+    bool nobody_holds(uint32_t client);  // then we do, until it is removed
 
     const PoolFile& file_;
     std::vector<Lock> locks_;

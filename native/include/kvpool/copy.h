@@ -62,7 +62,7 @@ class CopyEngine {
     uint64_t submit(Direction direction, std::vector<CopyBlock> blocks);
     std::vector<FinishedCopy> poll();
     void cancel(uint64_t job);
-    void close();  // cancels all and joins the threads
+    void close();  // cancels all and joins the threads; `poll` may follow
 
   private:
     struct Job {
@@ -77,6 +77,7 @@ class CopyEngine {
     using Jobs = std::map<uint64_t, std::shared_ptr<Job>>;
 
     void run();
+    std::shared_ptr<Job> next_job();  // with a block that no thread has taken; loads before stores
     CopyStatus copy(Direction direction, const CopyBlock& block) const;
     void store_shard(uint8_t* shard, uint32_t block, SlotRef ref, const BlockKey& key) const;
     CopyStatus load_shard(const uint8_t* shard, uint32_t block, SlotRef ref, const BlockKey& key) const;
@@ -91,8 +92,9 @@ class CopyEngine {
 
     std::mutex mutex_;  // guards everything below
     std::condition_variable work_, idle_;
-    std::deque<std::shared_ptr<Job>> queue_;  // jobs with blocks that no thread has taken
-    Jobs jobs_;                               // not finished yet
+    // Jobs in the order of their coming. A request waits for its load, nobody waits for a store.
+    std::deque<std::shared_ptr<Job>> loads_, stores_;
+    Jobs jobs_;  // not finished yet
     std::vector<FinishedCopy> finished_;
     uint64_t last_number_ = 0;
     bool closing_ = false;

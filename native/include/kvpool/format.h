@@ -35,10 +35,12 @@ struct SlotWord {
 };
 
 inline constexpr uint16_t kFlagPinned = 1;  // not evictable until it expires
-inline constexpr uint16_t kFlagDoomed = 2;  // forgotten, but a lease still holds the bytes
 
 // FREE -> WRITING -> READY -> EVICTING -> FREE. Only the daemon moves it; a generation names one occupant.
-// All fields are atomics because readers look while the daemon writes; `word` tells them whether to believe the rest.
+// EVICTING is a question to the lease holders: a victim that is leased goes back to READY, a block that must go stays
+// EVICTING until the last lease on it is gone. No new lease is taken meanwhile.
+// All fields are atomics because readers look while the daemon writes; `word` tells them whether to believe the rest,
+// which changes while it says FREE.
 struct alignas(64) SlotHeader {
     std::atomic<uint64_t> word;
     std::atomic<uint64_t> key[4];

@@ -23,8 +23,8 @@ class Ghosts {
     void add(uint64_t key_hash) {
         if (table_.empty()) table_.resize(buckets_ * kWays);  // not before there is something to remember
         Entry* bucket = bucket_of(key_hash);
-        Entry* place = std::min_element(bucket, bucket + kWays,
-                                        [](const Entry& a, const Entry& b) { return a.time < b.time; });
+        Entry* place =
+            std::min_element(bucket, bucket + kWays, [](const Entry& a, const Entry& b) { return a.time < b.time; });
         *place = {key_hash, ++now_};
         size_ = std::min(size_ + 1, capacity_);
     }

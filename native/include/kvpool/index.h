@@ -13,7 +13,9 @@ namespace kvpool {
 class IndexReader {
   public:
     explicit IndexReader(const PoolFile& file)
-        : table_(file.index()), mask_(file.geometry().index_capacity - 1), slots_(file.slots()),
+        : table_(file.index()),
+          mask_(file.geometry().index_capacity - 1),
+          slots_(file.slots()),
           num_slots_(file.geometry().num_slots()) {}
 
     // The READY block of that key, unless its time is over.

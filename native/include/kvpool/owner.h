@@ -7,13 +7,14 @@
 //
 //   prepare_store: FREE -> WRITING     in the index, invisible to readers
 //   complete_store: WRITING -> READY   visible; in the eviction policy unless pinned
-//   evict, drop, expire, clear: READY -> EVICTING -> FREE, or doomed while leased
+//   evict, clear: READY -> EVICTING -> FREE, or back to READY when it is leased
+//   drop, expire: READY -> EVICTING -> FREE, or doomed (stays EVICTING) while it is leased
 //   abort_store, dead owner: WRITING -> FREE
 #pragma once
 
+#include <deque>
 #include <map>
 #include <memory>
-#include <queue>
 #include <string>
 #include <vector>
 
@@ -82,11 +83,15 @@ class PoolOwner {
     SlotHeader& header(uint32_t slot) const { return file_.slots()[slot]; }
     SlotState state(uint32_t slot) const { return SlotWord::state(header(slot).word.load(std::memory_order_acquire)); }
     bool is(SlotRef ref, SlotState state) const;
-    bool doomed(uint32_t slot) const { return header(slot).flags.load() & kFlagDoomed; }
-    bool visible(SlotRef ref) const { return is(ref, SlotState::kReady) && !doomed(ref.slot); }
+    void set_state(uint32_t slot, SlotState state) {
+        uint32_t generation = SlotWord::generation(header(slot).word.load(std::memory_order_relaxed));
+        header(slot).word.store(SlotWord::make(generation, state), std::memory_order_seq_cst);
+    }
     bool writes(uint32_t client, SlotRef ref) const {
         return is(ref, SlotState::kWriting) && header(ref.slot).owner.load() == client;
     }
+    bool known(uint32_t name_space) const { return name_space < kMaxNamespaces && policies_[name_space] != nullptr; }
+    void expect_known(uint32_t name_space) const;  // std::invalid_argument
     uint32_t namespace_of(uint32_t slot) const;
     uint32_t checksum_of(uint32_t slot) const;
     NamespaceCounts& counts_of(uint32_t slot) { return counts_[namespace_of(slot)]; }
@@ -97,11 +102,16 @@ class PoolOwner {
                        const StoreOptions& options);
     void make_ready(uint32_t slot);
     void enter_policy(uint32_t slot);
+    void note_expiry(uint32_t slot, uint32_t expiry_s);
+    void link(uint32_t child, uint32_t parent);  // unless it has one, or they differ in namespace
     void free_slot(uint32_t slot);
     // READY -> FREE unless leased (then READY still, false). `evicted`: for want of room, so the policy remembers it.
     bool remove_ready(uint32_t slot, bool evicted);
-    void forget(uint32_t slot);  // READY -> FREE, or doomed while leased
-    void bury_doomed();
+    void forget(uint32_t slot);                  // READY -> FREE, or doomed while leased
+    void withdraw(uint32_t slot, bool evicted);  // from index, chains and policy
+    void free_or_doom(uint32_t slot);            // for a slot that is in none of these
+    void bury_doomed(size_t limit = SIZE_MAX);   // looks at so many
+    uint32_t unused_namespace();
     void retire(uint32_t name_space);  // gives empty slabs back, and the namespace if nobody uses it
     void guard(uint32_t slot);
     bool guarded(uint32_t slot) const { return guard_[slot] == guard_stamp_; }
@@ -109,7 +119,11 @@ class PoolOwner {
     // room.cpp: where free slots come from.
     uint32_t take_slot(uint32_t name_space, size_t wanted, uint32_t now_s, bool& exhausted);
     bool make_room(uint32_t name_space, size_t wanted, uint32_t now_s);
+    size_t evict_coldest(uint32_t name_space, size_t count);
+    size_t evict_below(uint32_t coldest, size_t count, size_t& patience);
+    void spare_path(uint32_t leaf, uint32_t coldest, size_t& patience);
     bool take_slab_from_others(uint32_t name_space, uint32_t now_s);
+    std::vector<uint32_t> slabs_to_try(uint32_t donor);
     bool empty_slab(uint32_t slab);
     bool may_lose_slab(uint32_t donor, uint64_t fair_share, uint32_t now_s) const;
     void refresh_capacity(uint32_t name_space);
@@ -122,19 +136,22 @@ class PoolOwner {
     Chains chains_;
     std::vector<std::unique_ptr<EvictionPolicy>> policies_;  // by namespace
     std::vector<NamespaceCounts> counts_;
-    std::vector<uint32_t> idle_since_s_;  // when the last client of a namespace left
-    LazyArray<uint32_t> guard_;           // stamped slots are not evicted during the current call
-    uint32_t guard_stamp_ = 0;
-    std::vector<uint32_t> doomed_;
+    std::vector<uint32_t> idle_since_s_;    // when the last client of a namespace left
+    std::vector<uint32_t> search_again_s_;  // no search for slabs of others before
+    size_t search_turn_ = 0;
+    LazyArray<uint32_t> guard_;  // stamped slots are not evicted during the current call
+    uint32_t guard_stamp_ = 1;
+    std::deque<uint32_t> doomed_;
     struct Expiry {
         uint32_t at_s;
         SlotRef ref;
         bool operator>(const Expiry& other) const { return at_s > other.at_s; }
     };
-    std::priority_queue<Expiry, std::vector<Expiry>, std::greater<>> expiries_;
+    std::vector<Expiry> expiries_;  // a heap, the next one first; blocks that went before their time linger
+    size_t expiries_limit_ = 0;     // sweep them out when the heap gets as large as this
     struct Counters {
-        uint64_t stored = 0, evicted = 0, expired = 0, dropped = 0, cleared = 0, no_room = 0, duplicates = 0, aborted = 0,
-                 reaped_clients = 0, lease_vetoes = 0, slabs_moved = 0, recovered = 0, discarded = 0;
+        uint64_t stored = 0, evicted = 0, expired = 0, dropped = 0, cleared = 0, no_room = 0, duplicates = 0,
+                 aborted = 0, reaped_clients = 0, lease_vetoes = 0, slabs_moved = 0, recovered = 0, discarded = 0;
     } counters_;
 };
 

@@ -14,6 +14,7 @@ namespace kvpool {
 
 class SlabAllocator {
   public:
+    // PoolFormatError when the slab table of the file cannot be true.
     explicit SlabAllocator(const PoolFile& file);
 
     // A free slot of the namespace; kNoSlot when all its slabs are full.
@@ -54,6 +55,8 @@ class SlabAllocator {
         std::vector<uint32_t> with_room;
         uint64_t num_slots = 0;
     };
+    bool plausible(uint32_t slab) const;
+    uint32_t num_slots_of(uint32_t slot_bytes) const;  // in one slab
     void list(uint32_t slab);
     void join(uint32_t slab, uint32_t name_space);
 
