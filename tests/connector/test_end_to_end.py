@@ -1,0 +1,301 @@
+"""Real vLLM engines over HTTP: two with the pool, one without it to compare with.
+
+A  checksums off    B  checksums on all blocks, and a KV cache of 8k tokens    R  no connector
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from helpers import until
+
+from benchmarks.completions import Completion, complete
+from benchmarks.processes import Engine, PoolDaemon
+from vllm_kvpool._native import PoolView
+from vllm_kvpool.connector import compat
+from vllm_kvpool.keys import block_keys, key_mask
+from vllm_kvpool.pool.admin import fetch_stats
+from vllm_kvpool.types import unpack_refs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+POOL = f"e2e-{os.getpid()}"
+BLOCK = 128
+LONG = 20 * BLOCK + 17
+SMALL_CACHE_BLOCKS = 64
+OPTIONS = (
+    "--dtype=float32",  # greedy output must not hang on the last bit
+    f"--block-size={BLOCK}",
+    "--max-model-len=6144",
+    "--max-num-batched-tokens=1024",
+    "--enable-prefix-caching",
+)
+
+
+class Engines(NamedTuple):
+    a: Engine
+    b: Engine
+    reference: Engine
+    refused: Engine
+    daemon: PoolDaemon
+
+
+@pytest.fixture(scope="session")
+def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    """All started at once: each takes about a minute of a core."""
+    logs = tmp_path_factory.mktemp("engines")
+    pool = {"pool": POOL, "load_deadline_ms": 30_000}
+    small = (f"--num-gpu-blocks-override={SMALL_CACHE_BLOCKS}",)
+    seeds = {"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}
+    env = {"OMP_NUM_THREADS": "1", **seeds}
+    daemon = PoolDaemon(logs / "daemon.log", name=POOL, size="1GiB", shm_dir="/dev/shm")
+    a = Engine(
+        tiny_model, logs / "a.log", extra={**pool, "checksum": "off"}, options=OPTIONS, env=env
+    )
+    b = Engine(
+        tiny_model,
+        logs / "b.log",
+        extra={**pool, "checksum": "all"},
+        options=OPTIONS + small,
+        env=env,
+    )
+    reference = Engine(tiny_model, logs / "r.log", extra=None, options=OPTIONS, env=env)
+    refused = Engine(tiny_model, logs / "refused.log", extra=pool, options=OPTIONS, env=env)
+    change_config(refused, kv_load_failure_policy="fail")
+    with daemon, a, b, reference, refused:
+        for engine in (a, b, reference):
+            engine.wait_ready()
+        yield Engines(a, b, reference, refused, daemon)
+        for engine in (a, b, reference):
+            assert engine.running
+            assert "Traceback" not in engine.log.read_text()
+    shutil.rmtree(daemon.folder)
+
+
+def change_config(engine: Engine, **changes: Any) -> None:
+    place = engine.command.index("--kv-transfer-config") + 1
+    engine.command[place] = json.dumps({**json.loads(engine.command[place]), **changes})
+
+
+def prompt_of(seed: int, length: int = LONG) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(256) for _ in range(length)]
+
+
+def reset(engine: Engine, *, external: bool = False) -> None:
+    """vLLM says no while blocks are held: by a store in flight, for a moment."""
+    path = f"/reset_prefix_cache?reset_external={str(external).lower()}"
+    until(lambda: json.loads(engine.post(path))["success"], "reset of the prefix cache")
+
+
+def hints(**values: Any) -> dict[str, Any]:
+    return {"kv_transfer_params": {"kvpool": values}}
+
+
+def metric(engine: Engine, name: str, **labels: str) -> float:
+    """Sum over the series of vLLM's own /metrics that carry `labels`."""
+    total = 0.0
+    for line in engine.metrics().splitlines():
+        found = re.fullmatch(rf"vllm:{name}(?:_total)?(?:{{(.*)}})? (\S+)", line)
+        if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
+            total += float(found[2])
+    return total
+
+
+def counters(engines: Engines) -> dict[str, Any]:
+    return dict(fetch_stats(POOL, "/dev/shm")["counters"])
+
+
+def store(engines: Engines, engine: Engine, prompt: list[int]) -> Completion:
+    """An engine that was idle while its daemon was restarted hears of it with the next request, whose
+    blocks may come too early to be stored: those that it still has are stored with another one."""
+    answer = complete(engine, prompt)
+    blocks = len(prompt) // BLOCK
+
+    def stored() -> bool:
+        if len(refs_of(engines, prompt)) < blocks:
+            time.sleep(0.5)
+            complete(engine, prompt, max_tokens=1)
+        return len(refs_of(engines, prompt)) >= blocks
+
+    until(stored, "the prompt's blocks in the pool")
+    return answer
+
+
+def refs_of(engines: Engines, prompt: list[int]) -> list[int]:
+    """The prompt's blocks in the pool, found as an engine finds them."""
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core import kv_cache_utils
+
+    kv_cache_utils.init_none_hash(sha256)
+    request = SimpleNamespace(
+        block_hashes=[], num_tokens=len(prompt), all_token_ids=prompt, mm_features=[],
+        lora_request=None, cache_salt=None, prompt_embeds=None,
+    )  # fmt: skip
+    hashes = kv_cache_utils.get_request_block_hasher(BLOCK, sha256)(request)
+    view = PoolView.open(str(engines.daemon.paths.pool))
+    (space,) = view.info()["namespaces"]
+    keys = block_keys(key_mask(bytes.fromhex(space["digest"]), 0), hashes)
+    now_s = int(time.clock_gettime(time.CLOCK_BOOTTIME))
+    return list(unpack_refs(view.match_prefix(keys, now_s)))
+
+
+def spoil(engines: Engines, prompt: list[int]) -> None:
+    view = PoolView.open(str(engines.daemon.paths.pool))
+    for ref in refs_of(engines, prompt):
+        payload = view.payload(ref)
+        noise = random.Random(ref).randbytes(4096)
+        payload[:4096] = bytes(a ^ b for a, b in zip(payload[:4096], noise, strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1, LONG])
+def test_same_greedy_output_computed_cached_and_loaded(engines: Engines, length: int) -> None:
+    """In the engine that stored and in the other one (trap 28: they agree on the hashes)."""
+    prompt = prompt_of(length, length)
+    expected = complete(engines.reference, prompt).tokens
+    full = (length - 1) // BLOCK * BLOCK
+    assert store(engines, engines.a, prompt)[1:] == (expected, length, 0)
+    assert complete(engines.a, prompt)[1:] == (expected, length, full)
+    reset(engines.a)
+    assert complete(engines.a, prompt)[1:] == (expected, length, full)
+    assert complete(engines.b, prompt)[1:] == (expected, length, full)
+
+
+def test_generated_blocks_are_found_by_the_next_turn(engines: Engines) -> None:
+    prompt = prompt_of(2, 3 * BLOCK - 20)
+    first = complete(engines.a, prompt, max_tokens=2 * BLOCK)
+    turn = [*prompt, *first.tokens, *prompt_of(3, 50)]
+    known = (len(prompt) + len(first.tokens) - 1) // BLOCK
+    until(lambda: len(refs_of(engines, turn)) == known)
+    expected = complete(engines.reference, turn).tokens
+    assert complete(engines.b, turn)[1:] == (expected, len(turn), known * BLOCK)
+
+
+def test_overwritten_payload_changes_the_output_without_checksums(engines: Engines) -> None:
+    prompt = prompt_of(5)
+    good = store(engines, engines.a, prompt)
+    reset(engines.a)
+    spoil(engines, prompt)
+    loaded = complete(engines.a, prompt)
+    assert loaded.cached_tokens == 20 * BLOCK
+    assert loaded.tokens != good.tokens
+
+
+def test_overwritten_payload_is_a_counted_miss_with_checksums(engines: Engines) -> None:
+    prompt = prompt_of(6)
+    good = store(engines, engines.b, prompt)
+    reset(engines.b)
+    failed = metric(engines.b, "kvpool_load_failed_blocks", reason="checksum")
+    spoil(engines, prompt)
+    assert complete(engines.b, prompt).tokens == good.tokens
+    assert metric(engines.b, "kvpool_load_failed_blocks", reason="checksum") == failed + 20
+
+
+def test_metrics_and_hints_over_http(engines: Engines) -> None:
+    prompt = prompt_of(7)
+    store(engines, engines.a, prompt)
+    reset(engines.a)
+    hits, misses = (
+        metric(engines.a, "kvpool_hit_tokens"),
+        metric(engines.a, "kvpool_misses", reason="hint"),
+    )
+    loaded = metric(engines.a, "kvpool_load_bytes")
+    assert complete(engines.a, prompt, **hints(load=False)).cached_tokens == 0
+    reset(engines.a)
+    assert complete(engines.a, prompt, **hints(loat=False)).cached_tokens == 20 * BLOCK
+    assert metric(engines.a, "kvpool_misses", reason="hint") == misses + 1
+    assert metric(engines.a, "kvpool_hit_tokens") == hits + 20 * BLOCK
+    assert metric(engines.a, "kvpool_load_bytes") > loaded
+    assert metric(engines.a, "kvpool_load_seconds_count") > 0
+    assert metric(engines.a, "external_prefix_cache_hits") > 0
+    assert "unknown field `loat`" in engines.a.log.read_text()
+
+
+def test_trap_4_8_and_9_more_requests_than_memory_some_of_them_aborted(engines: Engines) -> None:
+    """B holds 8k tokens: 24 requests of up to 2.6k each, half of them in the pool, with answers long
+    enough to be preempted; every third client hangs up."""
+    shared = [prompt_of(seed, LONG - 100 * (seed % 5)) for seed in range(20, 28)]
+    for prompt in shared[::2]:
+        complete(engines.a, prompt, max_tokens=1)
+    jobs = [(shared[i % 8], 100 + i % 3 * 40, i % 3 == 2) for i in range(24)]
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda job: ask(engines.b, *job), jobs))
+    for (prompt, max_tokens, hung_up), answer in zip(jobs, answers, strict=True):
+        if not hung_up:
+            expected = complete(engines.reference, prompt, max_tokens=max_tokens).tokens
+            assert answer == expected
+    until(lambda: metric(engines.b, "num_requests_running") == 0, timeout_s=60)
+    until(
+        lambda: metric(engines.b, "kv_cache_usage_perc") == 0, "all blocks given back", timeout_s=60
+    )
+
+
+def ask(engine: Engine, prompt: list[int], max_tokens: int, hang_up: bool) -> list[int] | None:
+    if not hang_up:
+        return complete(engine, prompt, max_tokens=max_tokens).tokens
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
+    try:
+        engine.post("/v1/completions", body, timeout_s=random.Random(max_tokens).uniform(0.05, 2))
+    except TimeoutError:
+        return None
+    return None
+
+
+def test_trap_30_daemon_killed_with_a_single_request_in_flight(engines: Engines) -> None:
+    """And after its restart all blocks are served as before."""
+    prompt = prompt_of(8)
+    store(engines, engines.a, prompt)
+    expected = complete(engines.reference, prompt).tokens
+    reset(engines.a)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(complete, engines.a, prompt)
+        engines.daemon.kill()
+        assert answer.result(timeout=120)[1:] == (expected, LONG, 20 * BLOCK)
+    reset(engines.a)
+    assert complete(engines.a, prompt)[1:] == (expected, LONG, 20 * BLOCK)
+    fresh = prompt_of(9)
+    assert complete(engines.a, fresh).tokens == complete(engines.reference, fresh).tokens
+    engines.daemon.start()
+    reset(engines.a)
+    assert complete(engines.a, prompt)[1:] == (expected, LONG, 20 * BLOCK)
+
+    def stored_again() -> bool:
+        reset(engines.a)
+        complete(engines.a, fresh, max_tokens=20)
+        return len(refs_of(engines, fresh)) >= 20
+
+    until(stored_again, "stores after the daemon came back", timeout_s=60)
+
+
+def test_bad_configuration_is_refused_with_the_flag_to_add(engines: Engines) -> None:
+    until(lambda: not engines.refused.running, "end of the engine that is refused", timeout_s=120)
+    assert '"kv_load_failure_policy": "recompute"' in engines.refused.log.read_text()
+
+
+def test_trap_27_reset_of_the_external_cache_misses_until_stored_again(engines: Engines) -> None:
+    """The last test: from then on B shares with nobody."""
+    prompt = prompt_of(4)
+    store(engines, engines.b, prompt)
+    reset(engines.b)
+    assert complete(engines.b, prompt).cached_tokens == 20 * BLOCK
+    before = counters(engines)["ready"]
+    reset(engines.b, external=True)
+    assert complete(engines.b, prompt).cached_tokens == 0
+    until(lambda: counters(engines)["ready"] >= before + 20)
+    reset(engines.b)
+    assert complete(engines.b, prompt).cached_tokens == 20 * BLOCK
+    assert complete(engines.a, prompt).cached_tokens == 20 * BLOCK

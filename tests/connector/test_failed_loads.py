@@ -1,0 +1,249 @@
+"""Loads that cannot be finished: always a miss, never a wrong byte, never a request that hangs.
+
+Every test also checks that leases and KV blocks are all given back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+from helpers import Daemon, until
+
+from vllm_kvpool._native import COPY_CANCELLED, CopyEngine
+from vllm_kvpool.connector.metadata import LoadJob
+from vllm_kvpool.pool.admin import clear
+from vllm_kvpool.types import REF_BYTES, SlotRefs, num_refs, unpack_refs
+
+MakeEngine = Callable[..., MiniEngine]
+PROMPT = prompt_of(1, 10 * BLOCK + 1)
+BLOCKS = 10
+
+
+@pytest.fixture
+def loader(make_engine: MakeEngine, daemon: Daemon) -> Iterator[MiniEngine]:
+    """An engine whose pool, but not whose KV cache, holds the blocks of PROMPT."""
+    engine = make_engine()
+    engine.generate(PROMPT, 1)
+    until(lambda: daemon.counter("ready") == BLOCKS)
+    engine.reset_prefix_cache()
+    yield engine
+    engine.run()
+    assert engine.free_blocks == 255
+    assert view_of(engine).leased_slots == 0
+
+
+def client_of(engine: MiniEngine):  # type: ignore[no-untyped-def]
+    return engine.connector._scheduler._link.client
+
+
+def view_of(engine: MiniEngine):  # type: ignore[no-untyped-def]
+    return client_of(engine).view
+
+
+def refs_of(engine: MiniEngine) -> SlotRefs:
+    record = engine.connector._scheduler.add_request(
+        engine.scheduler.requests[engine.add(PROMPT, 1, hints={"load": False, "store": False})]
+    )
+    refs = client_of(engine).match_prefix(record.keys(engine.connector._scheduler._link.mask))
+    engine.run()
+    engine.reset_prefix_cache()
+    return refs
+
+
+def flip_byte(engine: MiniEngine, block: int) -> None:
+    payload = view_of(engine).payload(unpack_refs(refs_of(engine))[block])
+    payload[100] ^= 0xFF
+
+
+@pytest.mark.parametrize("bad", [0, 4, BLOCKS - 1])
+def test_flipped_byte_is_a_counted_miss_and_the_block_is_forgotten(
+    loader: MiniEngine, daemon: Daemon, bad: int
+) -> None:
+    flip_byte(loader, bad)
+    assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
+    assert loader.stats["load_failed_blocks:checksum"] == 1
+    until(lambda: daemon.counter("dropped") == 1)
+    until(lambda: daemon.counter("ready") == BLOCKS)  # computed and stored again
+    loader.reset_prefix_cache()
+    assert loader.generate(PROMPT) == (expected_output(PROMPT), BLOCKS * BLOCK)
+
+
+def test_the_bytes_are_really_used(make_engine: MakeEngine, daemon: Daemon) -> None:
+    """Without checksums a flipped byte reaches the attention: the control for all other tests."""
+    engine = make_engine(extra={"checksum": "off"})
+    engine.generate(PROMPT, 1)
+    until(lambda: daemon.counter("ready") == BLOCKS)
+    engine.reset_prefix_cache()
+    flip_byte(engine, 3)
+    with pytest.raises(AssertionError, match="token 49 of 160 is not in row"):
+        engine.generate(PROMPT)
+
+
+@pytest.mark.parametrize("lost", [0, 4])
+def test_block_that_was_evicted_between_lookup_and_lease(loader: MiniEngine, lost: int) -> None:
+    """Nothing is shortened silently: the tail is reported, and leases behind the gap are returned."""
+    lease = client_of(loader).lease
+
+    def lease_all_but_one(refs: SlotRefs) -> bytes:
+        one = slice(lost * REF_BYTES, (lost + 1) * REF_BYTES)
+        mask = bytearray(lease(refs))
+        client_of(loader).release(SlotRefs(refs[one]))
+        mask[lost] = 0
+        return bytes(mask)
+
+    client_of(loader).lease = lease_all_but_one
+    assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
+    assert loader.stats["load_failed_blocks:lease"] == BLOCKS - lost
+    assert loader.stats["hit_blocks"] == lost
+
+
+def test_slot_that_is_no_longer_the_block(loader: MiniEngine) -> None:
+    """The worker looks at the slot itself, before and after the copy."""
+    take_planned = loader.connector._scheduler._loads.take_planned
+
+    def with_old_reference() -> tuple[LoadJob, ...]:
+        jobs = take_planned()
+        for job in jobs:
+            old = (unpack_refs(job.refs)[2] - (1 << 32)).to_bytes(8, "little")
+            refs = job.refs[: 2 * REF_BYTES] + old + job.refs[3 * REF_BYTES :]
+            object.__setattr__(job, "refs", SlotRefs(refs))
+        return jobs
+
+    loader.connector._scheduler._loads.take_planned = with_old_reference
+    assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
+    assert loader.stats["load_failed_blocks:stale"] == 1
+
+
+class StuckCopies:
+    """A copy engine whose first loads never end by themselves."""
+
+    def __init__(self, engine: CopyEngine) -> None:
+        self._engine = engine
+        self.loads_to_hold = 1_000
+        self._stuck: dict[int, int] = {}
+        self._cancelled: list[tuple[int, bytes, int]] = []
+        self.cancels = 0
+
+    def submit_load(self, refs: SlotRefs, blocks: bytes) -> int:
+        if len(self._stuck) + self.cancels == self.loads_to_hold:
+            return self._engine.submit_load(refs, blocks)
+        number = 1_000_000 + len(self._stuck)
+        self._stuck[number] = num_refs(refs)
+        return number
+
+    def submit_store(self, refs: SlotRefs, blocks: bytes) -> int:
+        return self._engine.submit_store(refs, blocks)
+
+    def poll(self) -> list[tuple[int, bytes, int]]:
+        cancelled, self._cancelled = self._cancelled, []
+        return self._engine.poll() + cancelled
+
+    def cancel(self, number: int) -> None:
+        self.cancels += 1
+        blocks = self._stuck.pop(number)
+        self._cancelled.append((number, bytes([COPY_CANCELLED]) * blocks, 1))
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+@pytest.fixture
+def stuck(loader: MiniEngine) -> StuckCopies:
+    attached = loader.worker._worker._attached
+    attached.engine = StuckCopies(attached.engine)
+    loader.worker._worker._deadline_s = 0.2
+    return attached.engine
+
+
+def test_trap_10_load_past_its_deadline_is_stopped_then_reported(
+    loader: MiniEngine, stuck: StuckCopies
+) -> None:
+    assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
+    assert stuck.cancels == 1
+    assert loader.stats["load_failed_blocks:deadline"] == BLOCKS
+
+
+def test_trap_10_aborted_load_is_reported_all_the_same(
+    loader: MiniEngine, stuck: StuckCopies, daemon: Daemon
+) -> None:
+    """Its blocks stay with vLLM until then, daemon or no daemon."""
+    daemon.kill()
+    request_id = loader.add(PROMPT)
+    loader.step()
+    loader.abort(request_id)
+    loader.step()
+    assert loader.free_blocks < 255
+    loader.run()
+    assert loader.free_blocks == 255
+    assert stuck.cancels == 1
+
+
+def test_trap_30_single_request_completes_when_its_load_fails(
+    loader: MiniEngine, stuck: StuckCopies, daemon: Daemon
+) -> None:
+    """Nothing but the engine's own steps wakes it: the daemon is dead."""
+    request_id = loader.add(PROMPT)
+    loader.step()
+    daemon.kill()
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(PROMPT)
+
+
+def test_trap_30_daemon_killed_during_a_load_changes_nothing(
+    loader: MiniEngine, daemon: Daemon
+) -> None:
+    request_id = loader.add(PROMPT)
+    daemon.kill()
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(PROMPT)
+    assert loader.cached_tokens[request_id] == BLOCKS * BLOCK
+
+
+def test_same_bad_block_does_not_keep_a_request_busy_for_ever(
+    loader: MiniEngine, daemon: Daemon
+) -> None:
+    """Without a daemon the block cannot be dropped: it is the engine that does not use it again."""
+    flip_byte(loader, 4)
+    daemon.kill()
+    for cached in (BLOCKS, 4):
+        output, tokens = loader.generate(PROMPT)
+        assert (output, tokens) == (expected_output(PROMPT), cached * BLOCK)
+        loader.reset_prefix_cache()
+    assert loader.stats["load_failed_blocks:checksum"] == 1
+
+
+def test_pool_file_gone_before_a_worker_mapped_it(
+    make_engine: MakeEngine, daemon: Daemon, loader: MiniEngine
+) -> None:
+    late = make_engine()
+    request_id = late.add(PROMPT)
+    link = late.connector._scheduler._link
+    until(lambda: (link.poll(), link.usable)[1])
+    (daemon.paths.pool).unlink()
+    late.run()
+    assert late.outputs[request_id] == expected_output(PROMPT)
+    assert late.free_blocks == 255
+    assert view_of(late).leased_slots == 0
+
+
+def test_two_requests_of_one_prefix_of_which_one_fails(
+    loader: MiniEngine, stuck: StuckCopies
+) -> None:
+    """They load into blocks of their own: the one that fails is computed, the other is not touched."""
+    stuck.loads_to_hold = 1
+    other = prompt_of(1, 9 * BLOCK + 1)
+    ids = [loader.add(PROMPT), loader.add(other)]
+    loader.run()
+    assert [loader.outputs[one] for one in ids] == [expected_output(PROMPT), expected_output(other)]
+    assert loader.stats["load_failed_blocks:deadline"] == BLOCKS
+
+
+def test_cleared_pool_between_lookup_and_load(loader: MiniEngine, daemon: Daemon) -> None:
+    request_id = loader.add(PROMPT)
+    request = loader.scheduler.requests[request_id]
+    assert loader.connector.get_num_new_matched_tokens(request, 0)[0] == BLOCKS * BLOCK
+    clear(daemon.name, str(daemon.shm_dir))
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(PROMPT)

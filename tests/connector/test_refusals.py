@@ -1,0 +1,172 @@
+"""What the connector does not start with, and what it runs without: each said with the way out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
+
+from vllm_kvpool.connector import KVPoolConnector, compat
+from vllm_kvpool.connector.compat import KVConnectorRole
+from vllm_kvpool.connector.connector import _checked_config
+from vllm_kvpool.errors import ConfigError
+
+MakeEngine = Callable[..., MiniEngine]
+
+
+def config_with(**changes: Any) -> Any:
+    transfer = {
+        "kv_load_failure_policy": "recompute",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {},
+    }
+    model = {"disable_cascade_attn": True}
+    transfer |= {key: value for key, value in changes.items() if key in transfer}
+    model |= {key: value for key, value in changes.items() if key in model}
+    return SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(**transfer), model_config=SimpleNamespace(**model)
+    )
+
+
+def test_usable_configuration_is_taken() -> None:
+    extra = {"pool": "mine", "min_load_tokens": 1}
+    assert _checked_config(config_with(kv_connector_extra_config=extra)).pool == "mine"
+    assert _checked_config(config_with()).pool == "auto"
+
+
+@pytest.mark.parametrize("policy", ["fail", None])
+def test_load_failures_must_be_computed_again(policy: str | None) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _checked_config(config_with(kv_load_failure_policy=policy))
+    assert '"kv_load_failure_policy": "recompute"' in str(caught.value)
+    assert "--kv-transfer-config '{" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kv_role": "kv_producer"}, '"kv_role": "kv_both"'),
+        ({"disable_cascade_attn": False}, "drop --no-disable-cascade-attn"),
+        ({"kv_connector_extra_config": {"pol": "x"}}, "unknown key; known are pool, size"),
+        ({"kv_connector_extra_config": {"pool": "a/b"}}, "no slash"),
+        ({"kv_connector_extra_config": {"min_load_tokens": "many"}}, "min_load_tokens"),
+    ],
+)
+def test_other_configurations_that_cannot_work(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        _checked_config(config_with(**changes))
+    assert words in str(caught.value)
+
+
+def test_config_error_reaches_whoever_starts_the_engine(make_engine: MakeEngine) -> None:
+    with pytest.raises(ConfigError, match="unknown key"):
+        make_engine(extra={"pools": "x"})
+
+
+# models ---------------------------------------------------------------------------------------------
+
+
+def full(**options: Any) -> FullAttentionSpec:
+    return FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, **options
+    )
+
+
+def window() -> SlidingWindowSpec:
+    return SlidingWindowSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32, sliding_window=64
+    )
+
+
+class FullAttentionWithSinks(FullAttentionSpec):
+    pass
+
+
+def groups(*specs: Any) -> Any:
+    return [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
+
+
+def reason(*specs: Any, parallel: dict[str, int] | None = None) -> str | None:
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**(parallel or {})),
+        model_config=SimpleNamespace(),
+        cache_config=SimpleNamespace(),
+    )
+    return compat.why_unsupported(config, SimpleNamespace(kv_cache_groups=groups(*specs)))
+
+
+def test_trap_12_models_with_several_groups_are_left_alone() -> None:
+    assert reason(full()) is None
+    assert "2 KV cache groups" in reason(full(), window())
+    assert "SlidingWindowSpec" in reason(window())
+    other = FullAttentionWithSinks(
+        block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    assert "FullAttentionWithSinks" in reason(other)
+    assert "decode_context_parallel_size" in reason(
+        full(), parallel={"decode_context_parallel_size": 2}
+    )
+
+
+def test_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy engine reads and writes addresses of this process's own memory."""
+    monkeypatch.setattr(compat, "is_cpu_platform", lambda: False)
+    assert "on CPUs only" in reason(full())
+
+
+def test_trap_12_unsupported_engine_runs_as_without_a_pool(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, by the scheduler side; nothing is stored, nothing is loaded, nothing fails."""
+    monkeypatch.setattr(compat, "why_unsupported", lambda *configs: "two of something")
+    with caplog.at_level(logging.WARNING):
+        engine = make_engine()
+    assert caplog.text.count("off for this engine, which runs as without it: two of something") == 1
+    prompt = prompt_of(1, 6 * BLOCK)
+    assert engine.generate(prompt) == (expected_output(prompt), 0)
+    assert engine.generate(prompt) == (expected_output(prompt), 5 * BLOCK)
+    engine.reset_prefix_cache(connector=True)
+    assert engine.generate(prompt) == (expected_output(prompt), 0)
+    assert engine.stats == {}
+
+
+def test_missing_layout_of_a_worker_turns_the_pool_off(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    link = engine.connector._scheduler._link
+    link._layouts, link._num_workers = [], 2
+    engine.connector.set_xfer_handshake_metadata_pp_aware(
+        {(0, 0): engine.worker.get_handshake_metadata()}
+    )
+    assert "1 of 2 workers told their layout" in caplog.text
+    prompt = prompt_of(2, 6 * BLOCK)
+    assert engine.generate(prompt) == (expected_output(prompt), 0)
+    assert engine.stats == {"misses:no_pool": 1}
+
+
+# how it is found --------------------------------------------------------------------------------------
+
+
+def test_plugin_registers_the_name_once() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from vllm_kvpool.connector.plugin import register
+
+    register()
+    register()
+    assert KVConnectorFactory.get_connector_class_by_name("KVPoolConnector") is KVPoolConnector
+
+
+def test_facts_that_vllm_asks_the_class_and_the_instance(engine: MiniEngine) -> None:
+    connector = engine.connector
+    assert connector.role == KVConnectorRole.SCHEDULER
+    assert not connector.requires_kv_delivery
+    assert not KVPoolConnector.requires_piecewise_for_cudagraph({})
+    assert connector.request_finished(SimpleNamespace(request_id="?"), []) == (False, None)

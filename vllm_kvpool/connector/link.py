@@ -1,0 +1,181 @@
+"""From a starting engine to a client of the pool.
+
+An engine tells what its namespace needs bit by bit: the configuration at once, the workers' layouts
+when the KV cache is allocated, NONE_HASH after that, at some time before the first request. Only
+then can a client say hello.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from itertools import accumulate
+from typing import Any
+
+from vllm_kvpool.client import PoolClient
+from vllm_kvpool.config import ConnectorConfig, pool_dir
+from vllm_kvpool.connector import compat
+from vllm_kvpool.connector.metadata import PoolAttachment, WorkerLayout
+from vllm_kvpool.connector.namespace import build_namespace, static_fields
+from vllm_kvpool.errors import PoolUnavailable
+from vllm_kvpool.keys import key_mask
+from vllm_kvpool.launch import ensure_daemon
+from vllm_kvpool.ledger import StoreGrant
+from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.types import REF_BYTES, BlockKeys, SlotRefs, unpack_refs
+
+logger = logging.getLogger(__name__)
+
+FIRST_HELLO_S = 0.5
+"""How long the first requests of an engine may be put off (not blocked) until the daemon has
+answered."""
+GROUP = 0
+"""The only KV cache group that is shared."""
+
+
+class PoolLink:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig) -> None:
+        self._config = config
+        self._algorithm = str(vllm_config.cache_config.prefix_caching_hash_algo)
+        self.block_tokens = compat.block_tokens(vllm_config, kv_cache_config)
+        self._fields = static_fields(vllm_config, config, self.block_tokens)
+        self._num_workers = int(vllm_config.parallel_config.world_size)
+        self._layouts: list[WorkerLayout] = []
+        self._attachment: PoolAttachment | None = None
+        self._digest = b""
+        self._salt = b""
+        self._settled = False
+        self._settling = False
+        self._settle_until_s = 0.0
+        self._damaged: set[int] = set()
+        """A reference is never used again, so it may stay here: one for each checksum that failed."""
+        self.client: PoolClient | None = None
+        self.mask = b""
+        """Turns block hashes into block keys."""
+        self._folder = pool_dir(config.pool_name, config.shm_dir)
+        assert PoolPaths(self._folder).endpoint  # a path too long is an error now, not at a request
+        if config.pool == "auto":
+            self._ensure_daemon()
+
+    def _ensure_daemon(self) -> None:
+        try:
+            ensure_daemon(self._config.pool_name, self._config.size, self._config.shm_dir)
+        except PoolUnavailable as error:
+            logger.error("KV pool: going on without a daemon until one is started: %s", error)
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._layouts)
+
+    @property
+    def usable(self) -> bool:
+        """Whether blocks can be leased: a daemon has answered once (it may be gone by now)."""
+        return self._settled
+
+    @property
+    def connected(self) -> bool:
+        """Whether stores are taken now."""
+        return self._settled and self.client is not None and self.client.connected
+
+    def set_layouts(self, layouts: Mapping[tuple[int, int], WorkerLayout]) -> None:
+        """By (pipeline rank, tensor rank), as vLLM collects them."""
+        if len(layouts) != self._num_workers:
+            logger.error(
+                "KV pool: off, %d of %d workers told their layout", len(layouts), self._num_workers
+            )
+            return
+        self._layouts = [layouts[rank] for rank in sorted(layouts)]
+
+    # client ---------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make the client as soon as everything is known. Cheap to call again."""
+        none_hash = compat.none_hash()
+        if self.client is not None or not self._layouts or none_hash is None:
+            return
+        if compat.none_hash_is_random(self._algorithm):
+            logger.warning(
+                "KV pool: this engine draws its block hashes from a random seed: no other engine "
+                "can use its blocks, nor can it after a restart. Start every engine of the pool "
+                "with: export PYTHONHASHSEED=0"
+            )
+        slot_bytes = sum(layout.shard_bytes for layout in self._layouts)
+        layouts = [layout.layout for layout in self._layouts]
+        namespace = build_namespace(self._fields, none_hash, layouts, slot_bytes)
+        self._digest = namespace.digest
+        self.mask = key_mask(self._digest, GROUP, self._salt)
+        self.client = PoolClient(self._folder, namespace)
+        self._settle_until_s = time.monotonic() + FIRST_HELLO_S
+        self._settling = True
+        logger.info(
+            "KV pool: %s, namespace %s, %s", self._folder, self._digest.hex()[:16], namespace.fields
+        )
+
+    def poll(self) -> list[StoreGrant]:
+        """Once a step, at its end."""
+        if self.client is None:
+            return []
+        grants = self.client.poll()
+        if not self._settled and self.client.connected:
+            self._settled = True
+            logger.info("KV pool: connected as client %s", self.client.client_id)
+        self._settling = not self._settled and time.monotonic() < self._settle_until_s
+        return grants
+
+    @property
+    def settling(self) -> bool:
+        """Whether it is worth asking again in a moment: the first Hello is on its way.
+
+        The same for all lookups of a step. vLLM puts those off ahead of those that load; were they
+        mixed, vLLM up to 0.29 would wait with the former for blocks that the latter hold, for ever.
+        """
+        return self._settling
+
+    # blocks -----------------------------------------------------------------------------------------
+
+    def match_prefix(self, keys: BlockKeys) -> SlotRefs:
+        """The leading READY blocks, as far as none of them is known to be damaged."""
+        assert self.client is not None
+        refs = self.client.match_prefix(keys)
+        if self._damaged:
+            for i, ref in enumerate(unpack_refs(refs)):
+                if ref in self._damaged:
+                    return SlotRefs(refs[: i * REF_BYTES])
+        return refs
+
+    def drop_damaged(self, refs: SlotRefs) -> None:
+        """The daemon forgets them when it hears of it; here nobody finds them from now on."""
+        assert self.client is not None
+        self._damaged.update(unpack_refs(refs))
+        self.client.drop(refs)
+
+    def attachment(self) -> PoolAttachment | None:
+        """What workers need to copy to and from the pool that is mapped now."""
+        assert self.client is not None
+        view = self.client.view
+        if view is None:
+            return None
+        if self._attachment is None or self._attachment.pool_id != view.pool_id:
+            ends = accumulate(layout.shard_bytes for layout in self._layouts)
+            offsets = {
+                layout.worker: end - layout.shard_bytes
+                for layout, end in zip(self._layouts, ends, strict=True)
+            }
+            self._attachment = PoolAttachment(
+                str(self.client.pool_path), view.pool_id, str(self.client.lock_path), offsets
+            )
+        return self._attachment
+
+    def hide_stored_blocks(self) -> None:
+        """From now on no block stored before matches: in this engine, under a salt that nobody else
+        has, because nobody else is known to have changed in the same way."""
+        self._salt = os.urandom(16)
+        if self._digest:
+            self.mask = key_mask(self._digest, GROUP, self._salt)
+
+    def close(self) -> None:
+        if self.client is not None:
+            self.client.close()
+            self.client = None

@@ -1,0 +1,213 @@
+"""Loads, scheduler side: lookup, leases, and what becomes of them.
+
+    look_up    at every step until the request is admitted; changes nothing
+    admit      blocks are allocated: lease the slots and plan the copy
+    finish     all workers ended the copy: give the leases back
+
+A slot that cannot be leased any more (evicted since the lookup), or whose copy fails, costs its
+block and those after it: the workers report load errors, and vLLM computes from there.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm_kvpool._native import COPY_CANCELLED, COPY_CHECKSUM, COPY_OK, COPY_STALE
+from vllm_kvpool.client import PoolClient
+from vllm_kvpool.config import ConnectorConfig
+from vllm_kvpool.connector import compat
+from vllm_kvpool.connector.link import PoolLink
+from vllm_kvpool.connector.metadata import JobReport, LoadJob
+from vllm_kvpool.connector.records import Lookup, RequestRecord
+from vllm_kvpool.connector.stats import KVPoolStats
+from vllm_kvpool.types import KEY_BYTES, REF_BYTES, BlockKeys, SlotRefs, num_refs
+
+NO_REFS = SlotRefs(b"")
+LEASED = 1
+STATUS_REASONS = {COPY_STALE: "stale", COPY_CHECKSUM: "checksum", COPY_CANCELLED: "deadline"}
+
+
+@dataclass(slots=True)
+class _Load:
+    record: RequestRecord
+    refs: SlotRefs
+    """Leased."""
+    first: int
+    num_unleased: int
+    report: JobReport | None = None
+
+
+class _Plan(NamedTuple):
+    number: int
+    load: _Load
+    chain: SlotRefs
+    """From block 0 to the last leased one: what was used, for eviction."""
+    rows: Sequence[Any]
+    """vLLM's blocks to load into."""
+
+
+class LoadPlanner:
+    def __init__(
+        self,
+        link: PoolLink,
+        config: ConnectorConfig,
+        stats: KVPoolStats,
+        numbers: Iterator[int],
+        lookahead_blocks: int,
+    ) -> None:
+        self._link = link
+        self._min_load_tokens = config.min_load_tokens
+        self._stats = stats
+        self._numbers = numbers
+        self._lookahead_blocks = lookahead_blocks
+        self._loads: dict[int, _Load] = {}
+        self._planned: list[_Plan] = []
+
+    # lookup ---------------------------------------------------------------------------------------
+
+    def look_up(self, record: RequestRecord, num_computed_tokens: int) -> Lookup:
+        first = num_computed_tokens // self._link.block_tokens
+        refused = self._why_not(record)
+        if refused:
+            return Lookup(NO_REFS, first, refused)
+        end = self._end(record)
+        if first >= end:
+            return Lookup(NO_REFS, first, "local")
+        refs = self._match(record, end)
+        num_blocks = num_refs(refs) - first
+        miss = ""
+        if num_blocks <= 0:
+            miss = "absent"
+        elif num_blocks * self._link.block_tokens < self._min_load_tokens:
+            miss = "short"
+        return Lookup(refs, first, miss)
+
+    def _why_not(self, record: RequestRecord) -> str:
+        if not self._link.usable:
+            return "no_pool"
+        if not record.hints.load:
+            return "hint"
+        if getattr(record.request, "skip_reading_prefix_cache", False):
+            return "engine"
+        if record.load_failed:
+            return "load_failed"
+        return "lora" if record.ambiguous_lora else ""
+
+    def _end(self, record: RequestRecord) -> int:
+        """The last token is always computed: nothing is sampled otherwise."""
+        full_blocks: int = (record.request.num_tokens - 1) // self._link.block_tokens
+        return max(0, full_blocks - self._lookahead_blocks)
+
+    def _match(self, record: RequestRecord, end: int) -> SlotRefs:
+        """From block 0, also where the engine has the first blocks itself: the whole chain is used,
+        and a block without those before it is worth nothing."""
+        keys = record.keys(self._link.mask)
+        return self._link.match_prefix(BlockKeys(keys[: end * KEY_BYTES]))
+
+    # admission ------------------------------------------------------------------------------------
+
+    def admit(self, record: RequestRecord, blocks: Any, num_external_tokens: int) -> None:
+        """vLLM calls this again, without a lookup before it, when the loaded request is
+        scheduled."""
+        lookup, record.lookup = record.lookup, None
+        if lookup is None:
+            return
+        record.cursor = max(record.cursor, num_refs(lookup.refs))
+        if lookup.miss or num_external_tokens == 0:
+            self._stats.count("misses", reason=lookup.miss or "other_connector")
+            return
+        assert num_external_tokens == lookup.num_load_blocks * self._link.block_tokens
+        self._start(record, lookup, blocks)
+
+    def _start(self, record: RequestRecord, lookup: Lookup, blocks: Any) -> None:
+        """Only what cannot wait: the rest follows in `take_planned`, as each hook has little time."""
+        num_blocks = lookup.num_load_blocks
+        refs = _leased_run(self._client, SlotRefs(lookup.refs[lookup.first * REF_BYTES :]))
+        number = next(self._numbers)
+        load = _Load(record, refs, lookup.first, num_blocks - num_refs(refs))
+        self._loads[number] = load
+        chain = SlotRefs(lookup.refs[: lookup.first * REF_BYTES] + refs)
+        rows = compat.allocated_blocks(blocks, lookup.first, num_blocks)
+        self._planned.append(_Plan(number, load, chain, rows))
+        record.loading = True
+
+    def take_planned(self) -> tuple[LoadJob, ...]:
+        """In the step in which they were admitted."""
+        planned, self._planned = self._planned, []
+        return tuple(map(self._job, planned))
+
+    def _job(self, plan: _Plan) -> LoadJob:
+        self._client.touch(plan.chain)
+        refs = plan.load.refs
+        leased = num_refs(refs)
+        self._stats.count("hit_blocks", leased)
+        self._stats.count("hit_tokens", leased * self._link.block_tokens)
+        block_ids = compat.block_ids(plan.rows)
+        return LoadJob(
+            number=plan.number,
+            refs=refs,
+            blocks=array("I", block_ids[:leased]).tobytes(),
+            request_id=plan.load.record.request.request_id,
+            unleased_blocks=tuple(block_ids[leased:]),
+        )
+
+    # end ------------------------------------------------------------------------------------------
+
+    def report(self, number: int, report: JobReport) -> bool:
+        """Whether `number` is a load."""
+        load = self._loads.get(number)
+        if load is None:
+            return False
+        load.report = report if load.report is None else load.report.merged(report)
+        if load.report.num_workers == self._link.num_workers:
+            del self._loads[number]
+            self._finish(load, load.report.statuses)
+        return True
+
+    def _finish(self, load: _Load, statuses: bytes) -> None:
+        if load.refs:
+            self._client.release(load.refs)
+        load.record.loading = False
+        if not load.num_unleased and not any(statuses):
+            return
+        load.record.load_failed = True
+        num_good = len(statuses) - len(statuses.lstrip(bytes([COPY_OK])))
+        load.record.cursor = min(load.record.cursor, load.first + num_good)
+        self._count_failures(load, statuses)
+
+    def _count_failures(self, load: _Load, statuses: bytes) -> None:
+        if load.num_unleased:
+            self._stats.count("load_failed_blocks", load.num_unleased, reason="lease")
+        for status, reason in STATUS_REASONS.items():
+            if amount := statuses.count(status):
+                self._stats.count("load_failed_blocks", amount, reason=reason)
+        if COPY_CHECKSUM in statuses:
+            self._link.drop_damaged(_refs_with(load.refs, statuses, COPY_CHECKSUM))
+
+    @property
+    def _client(self) -> PoolClient:
+        assert self._link.client is not None
+        return self._link.client
+
+
+def _leased_run(client: PoolClient, refs: SlotRefs) -> SlotRefs:
+    """Lease `refs`; of those behind the first that is lost, none is kept."""
+    mask = client.lease(refs)
+    lost = mask.find(0)
+    if lost < 0:
+        return refs
+    rest = SlotRefs(refs[lost * REF_BYTES :])
+    client.release(_refs_with(rest, mask[lost:], LEASED))
+    return SlotRefs(refs[: lost * REF_BYTES])
+
+
+def _refs_with(refs: SlotRefs, values: bytes, value: int) -> SlotRefs:
+    pieces = [
+        refs[i * REF_BYTES : (i + 1) * REF_BYTES]
+        for i, found in enumerate(values)
+        if found == value
+    ]
+    return SlotRefs(b"".join(pieces))

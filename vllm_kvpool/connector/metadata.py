@@ -1,0 +1,92 @@
+"""What the two sides of the connector tell each other, through vLLM's own channels.
+
+worker -> scheduler   `WorkerLayout`, once, after the KV cache was allocated
+scheduler -> workers  `KVPoolMetadata`, in every step
+workers -> scheduler  `KVPoolWorkerMetadata`: copies that ended, merged over the workers of a step
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm_kvpool.connector.compat import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+from vllm_kvpool.types import SlotRefs
+
+
+@dataclass(frozen=True)
+class WorkerLayout(KVConnectorHandshakeMetadata):
+    """How one worker's part of a block looks."""
+
+    worker: str
+    """Drawn by the worker: names it in `PoolAttachment.shard_offsets`."""
+    shard_bytes: int
+    layout: str
+    """Layers, shapes and strides, for the namespace: workers that differ must not share blocks."""
+
+
+@dataclass(frozen=True)
+class PoolAttachment:
+    """Where the workers find the pool."""
+
+    pool_path: str
+    pool_id: str
+    lock_path: str
+    """The engine's lock file: share it before the first copy."""
+    shard_offsets: dict[str, int]
+    """Worker -> where its shard begins in a slot."""
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """Blocks to copy; block i is a row of the KV cache, reference i its slot."""
+
+    number: int
+    refs: SlotRefs
+    blocks: bytes
+    """n x uint32."""
+
+
+@dataclass(frozen=True)
+class LoadJob(CopyJob):
+    request_id: str
+    unleased_blocks: tuple[int, ...]
+    """Blocks that follow, whose slots were lost before they could be leased: to be reported as load
+    errors, so that vLLM computes them."""
+
+
+@dataclass(frozen=True)
+class KVPoolMetadata(KVConnectorMetadata):
+    attachment: PoolAttachment | None = None
+    """None where there is nothing to copy."""
+    loads: tuple[LoadJob, ...] = ()
+    stores: tuple[CopyJob, ...] = ()
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """How a job ended in `num_workers` of the workers: one COPY_* byte a block, the worst of
+    them."""
+
+    num_workers: int
+    statuses: bytes
+
+    def merged(self, other: JobReport) -> JobReport:
+        worst = bytes(map(max, self.statuses, other.statuses))
+        return JobReport(self.num_workers + other.num_workers, worst)
+
+
+@dataclass
+class KVPoolWorkerMetadata(KVConnectorWorkerMetadata):
+    reports: dict[int, JobReport] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVPoolWorkerMetadata:
+        assert isinstance(other, KVPoolWorkerMetadata)
+        merged = dict(self.reports)
+        for number, report in other.reports.items():
+            known = merged.get(number)
+            merged[number] = report if known is None else known.merged(report)
+        return KVPoolWorkerMetadata(merged)

@@ -1,0 +1,125 @@
+"""The scheduler side of the connector: vLLM's hooks, in the order in which vLLM calls them.
+
+Nothing here waits, and nothing that goes wrong with the pool leaves it: a lookup that cannot be
+made is a miss, a store that cannot be made is skipped, each with its reason in the metrics.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_kvpool.config import ConnectorConfig
+from vllm_kvpool.connector import compat
+from vllm_kvpool.connector.hints import parse_hints
+from vllm_kvpool.connector.link import PoolLink
+from vllm_kvpool.connector.loads import LoadPlanner
+from vllm_kvpool.connector.metadata import KVPoolMetadata, KVPoolWorkerMetadata, WorkerLayout
+from vllm_kvpool.connector.records import RequestRecord
+from vllm_kvpool.connector.stats import KVPoolStats
+from vllm_kvpool.connector.stores import StorePlanner
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig) -> None:
+        self._link = PoolLink(vllm_config, kv_cache_config, config)
+        self._stats = KVPoolStats()
+        numbers = itertools.count(1)
+        lookahead = compat.lookahead_blocks(vllm_config)
+        self._loads = LoadPlanner(self._link, config, self._stats, numbers, lookahead)
+        self._stores = StorePlanner(self._link, config, self._stats, numbers)
+        self._records: dict[str, RequestRecord] = {}
+        self._lora_is_hashed = compat.lora_path_is_hashed()
+
+    def set_layouts(self, layouts: Mapping[tuple[int, int], WorkerLayout]) -> None:
+        self._link.set_layouts(layouts)
+
+    def bind_block_pool(self, block_pool: Any) -> None:
+        self._stores.set_block_pool(compat.BlockPins(block_pool))
+
+    # a request ------------------------------------------------------------------------------------
+
+    def add_request(self, request: Any) -> RequestRecord:
+        self._link.start()
+        hints = parse_hints(request.request_id, request.kv_transfer_params)
+        record = RequestRecord(request, hints)
+        if request.lora_request is not None and not self._lora_is_hashed:
+            record.ambiguous_lora = True
+        record.may_store = hints.store and not record.ambiguous_lora
+        self._records[request.request_id] = record
+        if self._link.mask:
+            record.keys(self._link.mask)  # most of a lookup's time, spent before it is waited for
+        return record
+
+    def _record(self, request: Any) -> RequestRecord:
+        """MultiConnector of older versions does not announce requests."""
+        return self._records.get(request.request_id) or self.add_request(request)
+
+    def look_up(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        record = self._record(request)
+        if self._link.settling:
+            return None, False
+        record.lookup = self._loads.look_up(record, num_computed_tokens)
+        num_tokens = record.lookup.num_load_blocks * self._link.block_tokens
+        return num_tokens, num_tokens > 0
+
+    def admit(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        self._loads.admit(self._record(request), blocks, num_external_tokens)
+
+    def finish_request(self, request: Any, block_ids: list[int]) -> None:
+        """The last blocks may have got their hashes only now."""
+        record = self._records.pop(request.request_id, None)
+        if record is not None and self._link.connected:
+            record.block_ids = block_ids
+            self._stores.offer(record, request.num_computed_tokens, last=True)
+
+    # a step ---------------------------------------------------------------------------------------
+
+    def plan_step(self, output: Any) -> KVPoolMetadata:
+        self._stores.take_grants(self._link.poll())
+        connected = self._link.connected
+        for request_id, block_ids, replace, num_computed in compat.scheduled_requests(output):
+            record = self._records[request_id]
+            if replace:
+                record.block_ids = list(block_ids)
+            elif block_ids:
+                record.block_ids.extend(block_ids)
+            if connected:
+                self._stores.offer(record, num_computed + output.num_scheduled_tokens[request_id])
+        loads, stores = self._loads.take_planned(), self._stores.take_planned()
+        attachment = self._link.attachment() if loads or stores else None
+        return KVPoolMetadata(attachment, loads, stores)
+
+    def take_reports(self, metadata: KVPoolWorkerMetadata) -> None:
+        for number, report in metadata.reports.items():
+            known = self._loads.report(number, report) or self._stores.report(number, report)
+            assert known, f"a worker reports job {number}, which is not in flight"
+
+    @property
+    def stores_in_flight(self) -> bool:
+        return self._stores.in_flight
+
+    # engine ---------------------------------------------------------------------------------------
+
+    def reset_cache(self) -> None:
+        """What was stored so far was computed by other weights (or is to be forgotten): this engine
+        finds none of it again. Requests that run now mix old and new: they store nothing any
+        more."""
+        self._link.hide_stored_blocks()
+        for record in self._records.values():
+            record.forget_keys()
+            record.may_store = False
+        logger.info("KV pool: blocks stored before now are hidden from this engine")
+
+    def take_stats(self) -> KVPoolStats | None:
+        return self._stats.taken()
+
+    def close(self) -> None:
+        self._link.close()
+
+    def check_integrity(self) -> None:
+        self._stores.check_integrity()

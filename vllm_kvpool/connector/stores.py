@@ -1,0 +1,230 @@
+"""Stores, scheduler side. Best effort: a block that cannot be stored now and here is skipped.
+
+    offer         blocks are full after this step: pin them, ask the daemon for slots   -> asked
+    take_grants   the daemon answered (a step or more later): plan the copy             -> copying
+    report        all workers ended the copy: complete it, unpin                        -> gone
+
+Pinned blocks are in `asked` or `copying`, at most `max_pinned` of them; vLLM keeps a pinned block
+as it is, whatever becomes of its request. The copy is handed to the workers with a later step than
+the one that computed the block, so it comes after that step in each worker.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vllm_kvpool._native import COPY_OK
+from vllm_kvpool.client import PoolClient
+from vllm_kvpool.config import ConnectorConfig
+from vllm_kvpool.connector.compat import BlockPins
+from vllm_kvpool.connector.link import PoolLink
+from vllm_kvpool.connector.metadata import CopyJob, JobReport
+from vllm_kvpool.connector.records import RequestRecord
+from vllm_kvpool.connector.stats import KVPoolStats
+from vllm_kvpool.ledger import StoreGrant
+from vllm_kvpool.types import (
+    KEY_BYTES,
+    NO_REF,
+    BlockKeys,
+    SlotRefs,
+    num_refs,
+    pack_refs,
+    unpack_refs,
+)
+
+NO_REFS = SlotRefs(b"")
+MAX_PINNED_SHARE = 10
+"""One block in so many may be pinned."""
+RETRY_S = 1.0
+"""Before blocks that got no slot are offered again."""
+MAX_ASK_BLOCKS = 512
+"""In one request to the daemon: bounds the time spent in a scheduler step."""
+
+
+@dataclass(slots=True)
+class _Store:
+    record: RequestRecord
+    start: int
+    """The block of the request that `block_ids` begin with."""
+    block_ids: Sequence[int]
+    refs: SlotRefs = NO_REFS
+    pool_id: str = ""
+    """Of the pool that `refs` are slots of."""
+    report: JobReport | None = None
+
+
+class StorePlanner:
+    def __init__(
+        self,
+        link: PoolLink,
+        config: ConnectorConfig,
+        stats: KVPoolStats,
+        numbers: Iterator[int],
+    ) -> None:
+        self._link = link
+        self._config = config
+        self._stats = stats
+        self._numbers = numbers
+        self._pins: BlockPins | None = None
+        self._max_pinned = 0
+        self._num_pinned = 0
+        self._asked: dict[int, _Store] = {}
+        self._copying: dict[int, _Store] = {}
+        self._planned: list[CopyJob] = []
+        self._refused = False
+
+    def set_block_pool(self, pins: BlockPins) -> None:
+        self._pins = pins
+        self._max_pinned = max(1, pins.num_blocks // MAX_PINNED_SHARE)
+
+    @property
+    def in_flight(self) -> bool:
+        return self._num_pinned > 0
+
+    # offer ----------------------------------------------------------------------------------------
+
+    def offer(self, record: RequestRecord, num_computed_tokens: int, *, last: bool = False) -> None:
+        """Store what is full with `num_computed_tokens`, as far as room and hashes reach: hashes
+        come only with confirmed tokens, later than the blocks when scheduling is asynchronous.
+        `last`: the request ends, there is no later."""
+        tokens = num_computed_tokens
+        if self._config.store == "prompt":
+            tokens = min(tokens, record.request.num_prompt_tokens)
+        full = tokens // self._link.block_tokens
+        if full <= record.cursor or self._refused or not self._may_store(record):
+            return
+        if not last and time.monotonic() < record.store_after_s:
+            return
+        end = min(full, len(record.request.block_hashes), len(record.block_ids))
+        room = self._max_pinned - self._num_pinned
+        if end > record.cursor and room > 0:
+            self._skip_present(record, end)
+            self._ask(record, min(end, record.cursor + room, record.cursor + MAX_ASK_BLOCKS))
+
+    def _may_store(self, record: RequestRecord) -> bool:
+        long_enough = record.request.num_prompt_tokens >= self._config.min_store_tokens
+        return record.may_store and long_enough and not record.loading
+
+    def _skip_present(self, record: RequestRecord, end: int) -> None:
+        keys = record.keys(self._link.mask)[record.cursor * KEY_BYTES : end * KEY_BYTES]
+        record.cursor += num_refs(self._link.match_prefix(BlockKeys(keys)))
+
+    def _ask(self, record: RequestRecord, end: int) -> None:
+        if end <= record.cursor:
+            return
+        keys = record.keys(self._link.mask)
+        start = record.cursor * KEY_BYTES
+        hints = record.hints
+        number = self._client.prepare_store(
+            BlockKeys(keys[start : end * KEY_BYTES]),
+            parent=keys[max(0, start - KEY_BYTES) : start],
+            ttl_s=hints.ttl_s or 0,
+            pin=hints.pin,
+        )
+        if number is None:
+            self._refused = True  # until the next step, which offers the same blocks again
+            return
+        store = _Store(record, record.cursor, record.block_ids[record.cursor : end])
+        self._asked[number] = store
+        self._pin(store.block_ids)
+        record.cursor = end
+
+    # grants ---------------------------------------------------------------------------------------
+
+    def take_grants(self, grants: list[StoreGrant]) -> None:
+        """Call it at each step."""
+        self._refused = False
+        for grant in grants:
+            store = self._asked.pop(grant.request_id)
+            if grant.refs is None:
+                self._give_up(store.block_ids, grant.reason)
+                self._rewind(store, 0)
+            else:
+                self._plan(store, grant.refs)
+
+    def _rewind(self, store: _Store, index: int) -> None:
+        """Block `index` of `store` is not in the pool: what follows is worth nothing without it.
+        Offer it again, when the daemon has had time to come back or to make room."""
+        record = store.record
+        record.cursor = min(record.cursor, store.start + index)
+        record.store_after_s = time.monotonic() + RETRY_S
+
+    def _plan(self, store: _Store, refs: SlotRefs) -> None:
+        values = unpack_refs(refs)
+        assert len(values) == len(store.block_ids)
+        if NO_REF in values:
+            pairs = list(zip(values, store.block_ids, strict=True))
+            self._give_up([block for ref, block in pairs if ref == NO_REF], "not_granted")
+            if values[-1] == NO_REF:  # no room for the rest, or another engine is storing it
+                self._rewind(store, 1 + max((i for i, ref in enumerate(values) if ref), default=-1))
+            store.block_ids = [block for ref, block in pairs if ref != NO_REF]
+            refs = pack_refs(ref for ref in values if ref != NO_REF)
+        if not refs:
+            return
+        attachment = self._link.attachment()
+        assert attachment is not None, "slots were granted in a pool that is not mapped"
+        store.refs, store.pool_id = refs, attachment.pool_id
+        number = next(self._numbers)
+        self._copying[number] = store
+        self._planned.append(CopyJob(number, refs, array("I", store.block_ids).tobytes()))
+
+    def _give_up(self, block_ids: Sequence[int], reason: str) -> None:
+        self._unpin(block_ids)
+        self._stats.count("store_skipped_blocks", len(block_ids), reason=reason)
+
+    def take_planned(self) -> tuple[CopyJob, ...]:
+        planned, self._planned = self._planned, []
+        return tuple(planned)
+
+    # end ------------------------------------------------------------------------------------------
+
+    def report(self, number: int, report: JobReport) -> bool:
+        """Whether `number` is a store."""
+        store = self._copying.get(number)
+        if store is None:
+            return False
+        store.report = report if store.report is None else store.report.merged(report)
+        if store.report.num_workers == self._link.num_workers:
+            del self._copying[number]
+            self._finish(store, store.report.statuses)
+        return True
+
+    def _finish(self, store: _Store, statuses: bytes) -> None:
+        self._unpin(store.block_ids)
+        view = self._client.view
+        if view is None or view.pool_id != store.pool_id:
+            return  # these slots went away with their pool: their numbers may mean others now
+        good = store.refs
+        bad = SlotRefs(b"")
+        if any(statuses):
+            pairs = list(zip(unpack_refs(store.refs), statuses, strict=True))
+            good = pack_refs(ref for ref, status in pairs if status == COPY_OK)
+            bad = pack_refs(ref for ref, status in pairs if status != COPY_OK)
+            self._stats.count("store_skipped_blocks", num_refs(bad), reason="copy_failed")
+        self._client.complete_store(good, bad)
+        self._stats.count("store_blocks", num_refs(good))
+
+    # pins -----------------------------------------------------------------------------------------
+
+    def _pin(self, block_ids: Sequence[int]) -> None:
+        assert self._pins is not None
+        self._pins.pin(block_ids)
+        self._num_pinned += len(block_ids)
+
+    def _unpin(self, block_ids: Sequence[int]) -> None:
+        assert self._pins is not None
+        self._pins.unpin(block_ids)
+        self._num_pinned -= len(block_ids)
+
+    @property
+    def _client(self) -> PoolClient:
+        assert self._link.client is not None
+        return self._link.client
+
+    def check_integrity(self) -> None:
+        stores = [*self._asked.values(), *self._copying.values()]
+        assert self._num_pinned == sum(len(store.block_ids) for store in stores)
+        assert self._num_pinned <= self._max_pinned

@@ -1,0 +1,227 @@
+"""The worker side of the connector: copies between this worker's KV cache and the pool.
+
+Copies run on the copy engine's threads; hooks only start and poll them. A load always ends: one that
+gets nowhere for `load_deadline_ms` is stopped first and reported then, because vLLM may reuse its blocks as soon as it
+hears. Each job is reported once, by every worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from array import array
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_kvpool._native import COPY_CANCELLED, COPY_OK, CopyEngine, PoolFormatError, PoolView
+from vllm_kvpool.config import ConnectorConfig
+from vllm_kvpool.connector import compat
+from vllm_kvpool.connector.layout import KVLayout, cross_layer_layout, layer_layout
+from vllm_kvpool.connector.metadata import (
+    CopyJob,
+    JobReport,
+    KVPoolMetadata,
+    KVPoolWorkerMetadata,
+    LoadJob,
+    PoolAttachment,
+    WorkerLayout,
+)
+from vllm_kvpool.connector.stats import KVPoolStats
+from vllm_kvpool.errors import PoolUnavailable
+from vllm_kvpool.liveness import ClientLock
+from vllm_kvpool.paths import check_folder
+from vllm_kvpool.types import num_refs
+
+logger = logging.getLogger(__name__)
+
+CHECKSUM_EVERY = {"off": 0, "sampled": 16, "all": 1}
+RETRY_S = 1.0
+"""Between attempts to map a pool that could not be mapped."""
+LOCK_WAIT_S = 1.0
+"""The daemon looks at the engine's lock for an instant now and then."""
+
+
+class _Attached:
+    """The pool as this worker has it mapped, and the copies under way there."""
+
+    def __init__(self, pool_id: str, lock: ClientLock, engine: CopyEngine) -> None:
+        self.pool_id = pool_id
+        self.engine = engine
+        self.running: dict[int, CopyJob] = {}
+        """By the engine's number of the copy."""
+        self.progress_s = 0.0
+        """When a copy was last started with none under way, or ended."""
+        self._lock = lock
+
+    def hold(self) -> bool:
+        """Whether the engine's lock is held: no slot may be touched without it."""
+        return self._lock.hold()
+
+    def started(self, number: int, job: CopyJob) -> None:
+        if not self.running:
+            self.progress_s = time.monotonic()
+        self.running[number] = job
+
+    def close(self) -> None:
+        self.engine.close()
+        self._lock.close()
+
+
+class WorkerSide:
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._deadline_s = config.load_deadline_ms / 1_000
+        self._checksum = CHECKSUM_EVERY[config.checksum]
+        self._name = uuid.uuid4().hex
+        self._layout: KVLayout | None = None
+        self._attached: _Attached | None = None
+        self._next_try = 0.0
+        self._stats = KVPoolStats()
+        self._reports: dict[int, JobReport] = {}
+        self._loaded: set[str] = set()
+        self._failed_blocks: set[int] = set()
+
+    # layout ---------------------------------------------------------------------------------------
+
+    def register_layers(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        pages = compat.layer_page_bytes(self._kv_cache_config)
+        self._layout = layer_layout(
+            kv_caches,
+            pages,
+            self._kv_cache_config.num_blocks,
+            lambda layer: compat.attention_backend(self._vllm_config, layer),
+        )
+
+    def register_cross_layers(self, tensor: torch.Tensor, backend: Any) -> None:
+        pages = compat.layer_page_bytes(self._kv_cache_config)
+        num_blocks = self._kv_cache_config.num_blocks
+        self._layout = cross_layer_layout(tensor, pages, num_blocks, backend.get_name())
+
+    def handshake(self) -> WorkerLayout | None:
+        if self._layout is None:
+            return None
+        logger.info("KV pool: %d regions, %s", len(self._layout.regions), self._layout.text)
+        return WorkerLayout(self._name, self._layout.shard_bytes, self._layout.text)
+
+    # copies ---------------------------------------------------------------------------------------
+
+    def start(self, metadata: KVPoolMetadata) -> None:
+        if not metadata.loads and not metadata.stores:
+            return
+        attached = self._attach(metadata.attachment)
+        for load in metadata.loads:
+            self._failed_blocks.update(load.unleased_blocks)
+            if attached is None or not load.refs:
+                self._end(load, bytes([COPY_CANCELLED]) * num_refs(load.refs), 0.0)
+                continue
+            number = attached.engine.submit_load(load.refs, load.blocks)
+            attached.started(number, load)
+        for store in metadata.stores:
+            if attached is None:
+                self._end(store, bytes([COPY_CANCELLED]) * num_refs(store.refs), 0.0)
+                continue
+            number = attached.engine.submit_store(store.refs, store.blocks)
+            attached.started(number, store)
+
+    def _attach(self, attachment: PoolAttachment | None) -> _Attached | None:
+        """Map the pool of `attachment`, if it is another one than before. None: it cannot be
+        used."""
+        if attachment is None:
+            return None
+        if self._attached is not None and self._attached.pool_id == attachment.pool_id:
+            return self._attached if self._attached.hold() else None
+        self._detach()
+        if time.monotonic() < self._next_try:
+            return None
+        try:
+            self._attached = self._open(attachment)
+        except (OSError, PoolFormatError, PoolUnavailable) as error:
+            self._next_try = time.monotonic() + RETRY_S
+            logger.error("KV pool: cannot use %s: %s", attachment.pool_path, error)
+        return self._attached
+
+    def _open(self, attachment: PoolAttachment) -> _Attached:
+        assert self._layout is not None
+        check_folder(Path(attachment.pool_path).parent)
+        view = PoolView.open(attachment.pool_path)
+        if view.pool_id != attachment.pool_id:
+            raise OSError("it was replaced by another pool")
+        regions = [(base, stride, nbytes) for base, stride, nbytes in self._layout.regions]
+        offset = attachment.shard_offsets[self._name]
+        engine = CopyEngine(view, regions, offset, self._checksum)
+        assert engine.shard_bytes == self._layout.shard_bytes
+        lock = ClientLock(Path(attachment.lock_path))
+        if not lock.hold(LOCK_WAIT_S):
+            raise OSError(f"cannot share the engine's lock file {attachment.lock_path}")
+        return _Attached(view.pool_id, lock, engine)
+
+    def _detach(self) -> None:
+        attached = self._attached
+        if attached is None:
+            return
+        for number in list(attached.running):
+            attached.engine.cancel(number)
+        self._take_finished(attached)
+        attached.close()
+        self._attached = None
+
+    def poll(self) -> None:
+        """Note what has ended. When nothing has for as long as a load may take, stop the loads:
+        many of them at once may take longer, as long as they get on."""
+        attached = self._attached
+        if attached is None or not attached.running:
+            return
+        self._take_finished(attached)
+        if time.monotonic() < attached.progress_s + self._deadline_s:
+            return
+        for number, job in list(attached.running.items()):
+            if isinstance(job, LoadJob):
+                attached.engine.cancel(number)
+        self._take_finished(attached)
+
+    def _take_finished(self, attached: _Attached) -> None:
+        for number, statuses, nanoseconds in attached.engine.poll():
+            attached.progress_s = time.monotonic()
+            self._end(attached.running.pop(number), statuses, nanoseconds / 1e9)
+
+    def _end(self, job: CopyJob, statuses: bytes, seconds: float) -> None:
+        assert self._layout is not None
+        self._reports[job.number] = JobReport(1, statuses)
+        kind = "store"
+        if isinstance(job, LoadJob):
+            kind = "load"
+            self._loaded.add(job.request_id)
+            if any(statuses):
+                blocks = array("I", job.blocks)
+                pairs = zip(blocks, statuses, strict=True)
+                self._failed_blocks.update(block for block, status in pairs if status != COPY_OK)
+        if seconds:  # it was started
+            block_bytes = sum(region.nbytes for region in self._layout.regions)
+            self._stats.count(f"{kind}_bytes", statuses.count(COPY_OK) * block_bytes)
+            self._stats.observe(f"{kind}_seconds", seconds)
+
+    # what vLLM asks for at the end of a step ------------------------------------------------------
+
+    def take_loaded(self) -> set[str] | None:
+        """Requests whose load has ended, well or badly."""
+        loaded, self._loaded = self._loaded, set()
+        return loaded or None
+
+    def take_failed_blocks(self) -> set[int]:
+        """Of requests whose load ended since the last call (or ends later, in this worker)."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def take_reports(self) -> KVPoolWorkerMetadata | None:
+        reports, self._reports = self._reports, {}
+        return KVPoolWorkerMetadata(reports) if reports else None
+
+    def take_stats(self) -> KVPoolStats | None:
+        return self._stats.taken()
+
+    def close(self) -> None:
+        self._detach()
