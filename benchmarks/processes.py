@@ -78,10 +78,13 @@ class ChildProcess:
         return self.process.wait(STOP_TIMEOUT_S)
 
     def fail(self, what: str) -> RuntimeError:
-        """Stops the process; the error to raise carries the end of its log."""
+        """Stops the process; the error to raise carries what its log says."""
         self.stop()
-        tail = self.log.read_text(errors="replace")[-4_000:]
-        return RuntimeError(f"{what}: {' '.join(self.command)}\n{tail}")
+        lines = self.log.read_text(errors="replace").splitlines()
+        causes = [line for line in lines if "Error: " in line][
+            :5
+        ]  # the first is the cause, the last its echo
+        return RuntimeError("\n".join([f"{what}: {' '.join(self.command)}", *causes, *lines[-20:]]))
 
     def __enter__(self) -> Self:
         return self.start()

@@ -1,6 +1,8 @@
 """KVPoolConnector with a stopwatch on every scheduler-side hook: an engine of bench_connector.py loads it.
 
-The times go to the file that KVPOOL_HOOK_TIMES names, a JSON object a line: {hook: [microseconds, ...]}.
+The times go to the file that KVPOOL_HOOK_TIMES names, a JSON object a line: {hook: [[wall, processor], ...]} in
+microseconds. Where engine and benchmark share few cores, wall time is mostly that of others; processor time is the
+hook's own.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ WRITE_EVERY_S = 0.5
 class _Times:
     def __init__(self, path: str) -> None:
         self._path = path
-        self._times: defaultdict[str, list[float]] = defaultdict(list)
+        self._times: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
         self._written = time.monotonic()
 
-    def add(self, hook: str, microseconds: float) -> None:
-        self._times[hook].append(round(microseconds, 1))
+    def add(self, hook: str, wall_us: float, processor_us: float) -> None:
+        self._times[hook].append((round(wall_us, 1), round(processor_us, 1)))
         if time.monotonic() - self._written > WRITE_EVERY_S:
             with open(self._path, "a") as file:
                 file.write(json.dumps(self._times) + "\n")
@@ -49,9 +51,10 @@ def _timed(hook: str) -> Callable[..., Any]:
     inner = getattr(KVPoolConnector, hook)
 
     def call(self: TimedKVPoolConnector, *args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter_ns()
+        begun, processor = time.perf_counter_ns(), time.thread_time_ns()
         result = inner(self, *args, **kwargs)
-        _times.add(hook, (time.perf_counter_ns() - begun) / 1e3)
+        processor = time.thread_time_ns() - processor
+        _times.add(hook, (time.perf_counter_ns() - begun) / 1e3, processor / 1e3)
         return result
 
     return call

@@ -34,7 +34,7 @@ def derive_keys(mask: bytes, hashes: Buffer) -> bytes:
 class PoolOwner:
     """The daemon's side of a pool: the only writer of index, slot states and tables. Not thread-safe but `populate`.
 
-    Counting equation, per namespace: free + writing + ready == slots of its slabs.
+    Counting equation, per namespace: free + writing + ready + doomed == slots of its slabs.
     """
 
     @staticmethod
@@ -44,8 +44,9 @@ class PoolOwner:
         """Make a pool file of `size` bytes. `policy` is "lru", "arc" or "s3fifo" ("" = the default)."""
     @staticmethod
     def attach(path: str, *, now_s: int, policy: str = "") -> PoolOwner:
-        """Recover an existing file: READY slots whose header checksum fits are kept, WRITING slots are kept for
-        owners that still hold their lock, the rest becomes free; the index is rebuilt; the epoch grows by one.
+        """Recover an existing file: READY slots whose header checksum fits are kept, WRITING slots of known
+        clients are kept until these complete them or `reap_clients` finds them dead, the rest becomes free; the
+        index is rebuilt; the epoch grows by one.
         The file is unmapped when the object goes."""
     path: str
     epoch: int
@@ -80,7 +81,14 @@ class PoolOwner:
 
     # blocks ------------------------------------------------------------------------------------------------------
     def prepare_store(
-        self, client: int, keys: Buffer, parent: bytes, now_s: int, *, expiry_s: int = 0, pin: bool = False
+        self,
+        client: int,
+        keys: Buffer,
+        parent: bytes,
+        now_s: int,
+        *,
+        expiry_s: int = 0,
+        pin: bool = False,
     ) -> bytes:
         """A WRITING slot for each key of a chain (in chain order), 0 for those present already and, from the first
         that finds no room, for all the rest. `parent` is the key before the first, b"" for none."""
@@ -98,7 +106,6 @@ class PoolOwner:
     def expire(self, now_s: int) -> int:
         """Forget blocks whose time is over; how many."""
     def evict(self, namespace: int, count: int) -> int: ...
-
     def beat(self, now_ms: int, pid: int) -> None:
         """Write the heartbeat that `ls` and `doctor` display."""
     def stats(self) -> dict[str, int]:
@@ -106,6 +113,9 @@ class PoolOwner:
         no_room, duplicates, aborted, reaped_clients, lease_vetoes, slabs_moved, recovered, ..."""
     def check_integrity(self) -> None:
         """IntegrityError naming the first broken invariant (index <-> slots, counts, free lists, policy, chains)."""
+
+class Payload:
+    """What the memoryviews of `PoolView.payload` are views of: it keeps the file mapped for as long as they live."""
 
 class PoolView:
     """A client's view of a pool file: lookups and leases in shared memory, without locks and without the daemon."""
@@ -144,7 +154,12 @@ class CopyEngine:
     """
 
     def __init__(
-        self, view: PoolView, regions: list[tuple[int, int, int]], shard_offset: int, checksum: int, threads: int = 2
+        self,
+        view: PoolView,
+        regions: list[tuple[int, int, int]],
+        shard_offset: int,
+        checksum: int,
+        threads: int = 2,
     ) -> None: ...
     shard_bytes: int
     """Bytes of one shard with its trailer, rounded up to 256."""

@@ -24,12 +24,13 @@ import uuid
 from collections import Counter
 from pathlib import Path
 
-from vllm_kvpool._native import PoolFormatError, PoolView
+from vllm_kvpool._native import MAX_CLIENTS, PoolFormatError, PoolView
 from vllm_kvpool.channel import Channel
 from vllm_kvpool.clock import now_ms, pool_time_s
+from vllm_kvpool.errors import PoolUnavailable, ProtocolError
 from vllm_kvpool.ledger import StoreGrant, StoreLedger
 from vllm_kvpool.liveness import ClientLock
-from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.paths import PoolPaths, check_folder
 from vllm_kvpool.protocol import (
     MAX_KEYS,
     NO_CLIENT,
@@ -208,13 +209,29 @@ class PoolClient:
             case Completed():
                 self._ledger.completed(reply.id)
             case Welcome() if reply.id == self._hello_id:
-                self._welcome = reply
-                self._adopt(reply)
+                self._take_welcome(reply)
             case Error():
                 self._take_error(reply)
 
+    def _take_welcome(self, welcome: Welcome) -> None:
+        lent = range(NO_CLIENT, 0) if self._namespace is None else range(MAX_CLIENTS)
+        if welcome.client not in lent:
+            self._distrust(f"it made us client {welcome.client}")
+            return
+        self._welcome = welcome
+        self._adopt(welcome)
+
+    def _distrust(self, what: str) -> None:
+        """It is no daemon of ours that answers so, or a broken one."""
+        self._say_once(f"the daemon's answer makes no sense, asking again: {what}")
+        self._leave("lost", retry_ms=REFUSED_RETRY_MS)
+
     def _take_grant(self, reply: Prepared) -> None:
-        late = self._ledger.granted(reply)
+        try:
+            late = self._ledger.granted(reply)
+        except ProtocolError as error:
+            self._distrust(str(error))
+            return
         if late:
             self.skipped["grant_too_late"] += num_refs(late)
             # Once is enough: if it does not arrive, the next Hello does the same.
@@ -229,12 +246,16 @@ class PoolClient:
             self._leave("lost")
         else:
             self.skipped[f"refused_{error.code}"] += 1
-            self._ledger.refused(error.id, error.code)
+            if self._ledger.refused(error.id, error.code):
+                self._say_once(f"the end of a store was refused: {error.message} ({error.code})")
+                self._leave("lost", retry_ms=RETRY_MS)
 
     # connection -----------------------------------------------------------------------------------
 
     def _look_around(self) -> None:
         """Once a second: find the pool or the daemon, or notice that one of them is another now."""
+        if not self._may_use_folder():
+            return
         if self.view is None:
             self.view = self._open()
         if self._welcome is not None and self._has_new_lock():
@@ -243,6 +264,16 @@ class PoolClient:
             self._say_hello()
         elif self._draining:
             self._adopt(self._welcome)
+
+    def _may_use_folder(self) -> bool:
+        """Looked at again before every Hello: a folder that was deleted may come back as somebody
+        else's."""
+        try:
+            check_folder(self.pool_path.parent)
+        except PoolUnavailable as error:
+            self._say_once(f"no pool: {error}")
+            return False
+        return True
 
     def _has_new_lock(self) -> bool:
         """Whether our lock file was deleted and could be made anew: the daemon has to be told."""
@@ -254,10 +285,10 @@ class PoolClient:
             return False
         return self.view.epoch != welcome.epoch
 
-    def _leave(self, reason: str = "lost") -> None:
-        """Not connected any more; say hello at the next look."""
+    def _leave(self, reason: str = "lost", retry_ms: int = 0) -> None:
+        """Not connected any more; say hello in `retry_ms`."""
         self._welcome = self._hello_id = None
-        self._next_try_ms = 0
+        self._next_try_ms = now_ms() + retry_ms
         lost = self._ledger.lose_outstanding(reason)
         if lost:
             self.skipped[f"store_{reason}"] += lost

@@ -12,7 +12,7 @@ for thousands of blocks, which a hash a block would not.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vllm_kvpool._native import derive_keys
 from vllm_kvpool.types import KEY_BYTES, BlockKeys
@@ -26,6 +26,16 @@ def namespace_digest(fields: Mapping[str, str]) -> bytes:
             raw = text.encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)
     return digest.digest()
+
+
+def differing_fields(ours: Mapping[str, str], others: Iterable[Mapping[str, str]]) -> list[str]:
+    """Names of the fields in which the nearest of `others` differs from `ours`; empty when there is
+    no other, or an equal one."""
+    differences = [
+        sorted(name for name in ours.keys() | other.keys() if ours.get(name) != other.get(name))
+        for other in others
+    ]
+    return min(differences, key=len, default=[])
 
 
 def key_mask(digest: bytes, group: int, salt: bytes = b"") -> bytes:

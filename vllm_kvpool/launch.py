@@ -17,7 +17,7 @@ from vllm_kvpool.clock import now_ms
 from vllm_kvpool.config import pool_dir
 from vllm_kvpool.errors import PoolUnavailable, ProtocolError
 from vllm_kvpool.liveness import is_locked, lock_file
-from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.paths import PoolPaths, check_folder
 
 START_TIMEOUT_S = 15.0
 _LOOK_S = 0.1
@@ -28,16 +28,23 @@ def ensure_daemon(name: str, size: str, shm_dir: str, timeout_s: float = START_T
     """Return when a daemon serves the pool; start one if need be. Engines that start at once start
     one daemon.
 
-    PoolUnavailable: none came up in time; the message ends with what it wrote to its log.
+    PoolUnavailable: none came up in time (the message ends with what it wrote to its log), or the
+    folder is not one that we may use, or trust.
     """
     paths = PoolPaths(pool_dir(name, shm_dir))
+    try:
+        _ensure(paths, name, size, shm_dir, timeout_s)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise PoolUnavailable(f"cannot start the daemon of {paths.folder}: {error}") from None
+
+
+def _ensure(paths: PoolPaths, name: str, size: str, shm_dir: str, timeout_s: float) -> None:
     give_up_ms = now_ms() + int(timeout_s * 1_000)
+    check_folder(paths.folder)
     if _answers(paths):
         return
-    try:
-        paths.folder.mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise PoolUnavailable(f"cannot make the pool's folder: {error}") from None
+    paths.folder.mkdir(mode=0o700, exist_ok=True)
+    check_folder(paths.folder)  # somebody else may have been faster
     with _launch_lock(paths, timeout_s):
         if is_locked(paths.daemon_lock) or _answers(paths):
             _wait_for_other(paths, give_up_ms)
@@ -77,7 +84,7 @@ def _wait_for_other(paths: PoolPaths, give_up_ms: int) -> None:
 
 
 def _start(paths: PoolPaths, name: str, size: str, shm_dir: str, give_up_ms: int) -> None:
-    with open(paths.daemon_log, "a+b") as log:
+    with _open_log(paths) as log:
         log_start = log.seek(0, os.SEEK_END)
         ended = _spawn(
             ["--name", name, "--size", size, "--shm-dir", str(Path(shm_dir).absolute())], log
@@ -90,6 +97,11 @@ def _start(paths: PoolPaths, name: str, size: str, shm_dir: str, give_up_ms: int
                     raise PoolUnavailable(f"the pool's daemon {what}: {_tail(log, log_start)}")
         finally:
             os.close(ended)
+
+
+def _open_log(paths: PoolPaths) -> IO[bytes]:
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(os.open(paths.daemon_log, flags, 0o600), "a+b")
 
 
 def _spawn(options: list[str], log: IO[bytes]) -> int:
@@ -120,4 +132,4 @@ def _spawn(options: list[str], log: IO[bytes]) -> int:
 def _tail(log: IO[bytes], start: int) -> str:
     log.seek(0, os.SEEK_END)
     log.seek(max(start, log.tell() - _LOG_TAIL_BYTES))
-    return log.read().decode(errors="replace").strip() or f"see {log.name}"
+    return log.read().decode(errors="replace").strip() or "its log is empty"

@@ -15,14 +15,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from vllm_kvpool.errors import ProtocolError
 from vllm_kvpool.protocol import CompleteStore, Prepared, PrepareStore
-from vllm_kvpool.types import NO_REF, SlotRefs, num_keys, pack_refs, unpack_refs
+from vllm_kvpool.types import NO_REF, REF_BYTES, SlotRefs, num_keys, pack_refs, unpack_refs
 
 MAX_PREPARES = 64
 """Requests for slots that may wait for an answer; a client that reaches it skips stores until the
 daemon is back."""
 MAX_WRITING = 65_536
 """Blocks being stored at once: what Hello.writing has to carry."""
+MAX_REFUSALS = 3
+"""A completion that was refused so often is given up: its blocks are lost, its slots become free at
+the next Hello."""
 
 
 class StoreGrant(NamedTuple):
@@ -44,6 +48,7 @@ class _Completion(NamedTuple):
     request: CompleteStore
     due_ms: int | None
     """None: not sent over the present connection."""
+    refusals: int = 0
 
 
 class StoreLedger:
@@ -66,13 +71,21 @@ class StoreLedger:
 
     def granted(self, reply: Prepared) -> SlotRefs:
         """Note the answer. Returns slots to give back: those of a request that was given up
-        meanwhile."""
+        meanwhile. ProtocolError: it is no answer to what was asked; nothing was noted."""
+        self._check(reply)
         if not self._answered(reply.id):
             return pack_refs(ref for ref in unpack_refs(reply.refs) if ref != NO_REF)
         self._writing.update(unpack_refs(reply.refs))
         self._writing.discard(NO_REF)
         self._finished.append(StoreGrant(reply.id, SlotRefs(reply.refs)))
         return SlotRefs(b"")
+
+    def _check(self, reply: Prepared) -> None:
+        size = len(reply.refs)
+        prepare = self._prepares.get(reply.id)
+        asked = size // REF_BYTES if prepare is None else num_keys(prepare.request.keys)
+        if size != asked * REF_BYTES:
+            raise ProtocolError("malformed", f"{size} bytes of slot references for {asked} keys")
 
     def _answered(self, request_id: int) -> bool:
         prepare = self._prepares.pop(request_id, None)
@@ -99,7 +112,7 @@ class StoreLedger:
         return pack_refs(ref for ref in named if ref in self._writing)
 
     def sent(self, request: CompleteStore, due_ms: int) -> None:
-        self._completions[request.id] = _Completion(request, due_ms)
+        self._completions[request.id] = self._completions[request.id]._replace(due_ms=due_ms)
 
     def completed(self, request_id: int) -> None:
         completion = self._completions.pop(request_id, None)
@@ -113,12 +126,20 @@ class StoreLedger:
 
     # ends -----------------------------------------------------------------------------------------
 
-    def refused(self, request_id: int, code: str) -> None:
-        """The daemon answered with an error."""
+    def refused(self, request_id: int, code: str) -> bool:
+        """The daemon answered with an error. True: it was a completion, whose slots the daemon
+        still keeps for us: only a new Hello sets that right."""
         if self._answered(request_id):
             self._finished.append(StoreGrant(request_id, None, code))
-        else:
+            return False
+        completion = self._completions.get(request_id)
+        if completion is None:
+            return False
+        again = completion._replace(refusals=completion.refusals + 1)
+        self._completions[request_id] = again
+        if code == "malformed" or again.refusals >= MAX_REFUSALS:
             self.completed(request_id)
+        return True
 
     def overdue(self, now_ms: int) -> bool:
         """Whether the daemon owes an answer. Answers come in order, so the oldest of each kind

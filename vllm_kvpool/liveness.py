@@ -8,8 +8,10 @@ a stopped holder must not stop us.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import stat
 import time
 from pathlib import Path
 
@@ -27,13 +29,22 @@ def lock_file(path: Path, *, exclusive: bool, timeout_s: float = 0.0) -> int | N
     """
     give_up = time.monotonic() + timeout_s
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, _MODE)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, _MODE)
+        _let_group_in(path, fd)
         if _try_lock(fd, exclusive) and names(path, fd):
             return fd
         os.close(fd)
         if time.monotonic() >= give_up:
             return None
         time.sleep(_RETRY_S)
+
+
+def _let_group_in(path: Path, fd: int) -> None:
+    """In a folder that a group shares, our umask must not keep the others from the file."""
+    here = os.fstat(fd)
+    ours = here.st_uid == os.geteuid()
+    if ours and path.parent.stat().st_mode & stat.S_IWGRP and stat.S_IMODE(here.st_mode) != _MODE:
+        os.fchmod(fd, _MODE)
 
 
 def is_locked(path: Path) -> bool:
@@ -78,6 +89,13 @@ def _try_lock(fd: int, exclusive: bool) -> bool:
     return True
 
 
+def _make_like_parent(folder: Path) -> None:
+    """`folder`, if it is missing, open to those to whom its parent is."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+        folder.chmod(stat.S_IMODE(folder.parent.stat().st_mode))
+
+
 class ClientLock:
     """A process's share of its engine's lock file.
 
@@ -96,7 +114,7 @@ class ClientLock:
         if self.held:
             return True
         try:
-            self.path.parent.mkdir(exist_ok=True)
+            _make_like_parent(self.path.parent)
             fd = lock_file(self.path, exclusive=False, timeout_s=timeout_s)
         except OSError:
             return False

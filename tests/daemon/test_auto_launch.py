@@ -82,3 +82,32 @@ def test_hanging_daemon_is_given_up(shm_dir: Path, paths: PoolPaths) -> None:
     os.kill(int(paths.daemon_lock.read_text()), signal.SIGSTOP)
     with pytest.raises(PoolUnavailable, match="does not answer"):
         ensure_daemon("auto", "16MiB", str(shm_dir), timeout_s=1.0)
+
+
+def test_folder_of_a_stranger_is_not_used(shm_dir: Path) -> None:
+    target = shm_dir / "real"
+    target.mkdir()
+    pool_dir("auto", str(shm_dir)).symlink_to(target)
+    with pytest.raises(PoolUnavailable, match="is not a directory"):
+        ensure_daemon("auto", "16MiB", str(shm_dir))
+    assert list(target.iterdir()) == []
+
+
+def test_what_the_system_refuses_is_no_pool(shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("vllm_kvpool.launch.is_locked", refuse)
+    with pytest.raises(PoolUnavailable, match="Permission denied"):
+        ensure_daemon("auto", "16MiB", str(shm_dir))
+
+
+def test_log_is_not_written_through_a_link(shm_dir: Path) -> None:
+    precious = shm_dir / "precious"
+    precious.write_text("text")
+    folder = PoolPaths(pool_dir("auto", str(shm_dir)))
+    folder.folder.mkdir(mode=0o700)
+    folder.daemon_log.symlink_to(precious)
+    with pytest.raises(PoolUnavailable, match="cannot start"):
+        ensure_daemon("auto", "16MiB", str(shm_dir))
+    assert precious.read_text() == "text"

@@ -5,7 +5,6 @@ daemon that ends cleanly checks it)."""
 from __future__ import annotations
 
 import json
-import os
 import random
 import time
 from collections.abc import Callable
@@ -14,14 +13,12 @@ import pytest
 from helpers import Daemon, EngineProcess, until
 
 ENGINES = 8
+TOGETHER_S = 60
+KILLS_S = 20
 
 
-def seconds() -> int:
-    return int(os.environ.get("KVPOOL_CHURN_S", "20"))
-
-
-def start(engine: EngineProcess, seed: int) -> None:
-    engine.process.stdin.write(f"churn {seed} {seconds()}\n")
+def start(engine: EngineProcess, seed: int, seconds: int) -> None:
+    engine.process.stdin.write(f"churn {seed} {seconds}\n")
     engine.process.stdin.flush()
 
 
@@ -37,7 +34,7 @@ def is_idle(daemon: Daemon) -> bool:
 def test_together(daemon: Daemon, make_engine: Callable[..., EngineProcess]) -> None:
     engines = [make_engine() for _ in range(ENGINES)]
     for seed, engine in enumerate(engines):
-        start(engine, seed)
+        start(engine, seed, TOGETHER_S)
     done = results(engines)
     assert all(result["stored"] > 0 and result["hits"] > 0 for result in done), done
     for engine in engines:
@@ -52,10 +49,10 @@ def test_with_kills(daemon: Daemon, make_engine: Callable[..., EngineProcess]) -
     draw = random.Random(11)
     engines = [make_engine() for _ in range(ENGINES)]
     for seed, engine in enumerate(engines):
-        start(engine, seed)
+        start(engine, seed, KILLS_S)
     begin = time.monotonic()
     survivors = list(engines)
-    while time.monotonic() < begin + seconds() - 5:
+    while time.monotonic() < begin + KILLS_S - 5:
         time.sleep(draw.uniform(0.5, 2.0))
         if draw.random() < 0.5:
             daemon.kill()

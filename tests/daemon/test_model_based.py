@@ -121,9 +121,7 @@ class Play:
 
 
 @pytest.fixture
-def play(
-    daemon: Daemon, make_engine: Callable[..., EngineProcess]
-) -> Callable[[int], Play]:
+def play(daemon: Daemon, make_engine: Callable[..., EngineProcess]) -> Callable[[int], Play]:
     return lambda seed: Play(daemon, make_engine, seed)
 
 

@@ -56,3 +56,14 @@ def test_a_busy_namespace_takes_room_from_an_idle_one(
     full = num_refs(store(idle, keys_of("idle", 400)))
     assert num_refs(store(busy, keys_of("busy", 400))) > 0
     assert num_refs(idle.match_prefix(keys_of("idle", 400))) < full
+
+
+def test_log_says_which_field_differed(
+    daemon: Daemon, make_client: Callable[..., PoolClient]
+) -> None:
+    make_client("a")
+    assert "new namespace" not in daemon.errors()
+    make_client("b")
+    make_client("b")
+    until(lambda: "differs from the closest of 1 in 'model'" in daemon.errors())
+    assert daemon.errors().count("new namespace") == 1

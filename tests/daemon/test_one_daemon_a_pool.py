@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers import Daemon, run_cli, serve_command
+from helpers import Daemon, connect, keys_of, run_cli, serve_command, store
 
 from vllm_kvpool.liveness import is_locked
 
@@ -49,7 +50,7 @@ def test_folder_of_somebody_else_is_not_trusted(shm_dir: Path) -> None:
     stranger.symlink_to(mine)
     result = run_cli(*serve_command(shm_dir)[3:])
     assert result.returncode == 2
-    assert "choose another --name" in result.stderr
+    assert "is not a directory" in result.stderr
     if os.geteuid() == 0:
         stranger.unlink()
         stranger.mkdir()
@@ -57,3 +58,18 @@ def test_folder_of_somebody_else_is_not_trusted(shm_dir: Path) -> None:
         result = run_cli(*serve_command(shm_dir)[3:])
         assert result.returncode == 2
         assert "belongs to user 12345" in result.stderr
+
+
+def test_old_daemon_leaves_a_new_daemons_folder_alone(shm_dir: Path) -> None:
+    """Somebody deleted the folder by hand and started another daemon in its place."""
+    old, new = Daemon(shm_dir, "--remove").start(), Daemon(shm_dir)
+    shutil.rmtree(old.paths.folder)
+    new.start()
+    assert old.stop() == 0
+    assert "not ours any more" in new.errors()
+    assert new.stats()["pool"]["pid"] == new.pid  # over its socket, which is still there
+    client = connect(new.paths)
+    store(client, keys_of("chain", 3))
+    client.close()
+    assert new.stop() == 0
+    assert new.paths.pool.exists()

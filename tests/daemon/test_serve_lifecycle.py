@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from helpers import Daemon, connect, keys_of, run_cli, store
 
 from vllm_kvpool.types import num_refs
@@ -44,10 +45,10 @@ def test_remove_deletes_the_pool(make_daemon: Callable[..., Daemon]) -> None:
 def test_files_are_private_unless_shared_with_the_group(make_daemon: Callable[..., Daemon]) -> None:
     def modes(daemon: Daemon) -> tuple[int, int]:
         paths = daemon.paths
-        return paths.folder.stat().st_mode & 0o777, paths.pool.stat().st_mode & 0o777
+        return paths.folder.stat().st_mode & 0o7777, paths.pool.stat().st_mode & 0o777
 
     assert modes(make_daemon(name="private")) == (0o700, 0o600)
-    assert modes(make_daemon("--group-access", name="shared")) == (0o770, 0o660)
+    assert modes(make_daemon("--group-access", name="shared")) == (0o2770, 0o660)
 
 
 def test_config_file_with_the_command_line_winning(
@@ -75,7 +76,11 @@ def test_systemd_is_told(
         assert manager.recv(100) == b"STOPPING=1"
 
 
-def test_damaged_pool_is_an_error_at_the_end(daemon: Daemon) -> None:
+@pytest.mark.parametrize("options", [[], ["--remove"]])
+def test_damaged_pool_is_an_error_at_the_end(
+    make_daemon: Callable[..., Daemon], options: list[str]
+) -> None:
+    daemon = make_daemon(*options)
     client = connect(daemon.paths)
     store(client, keys_of("chain", 3))
     raw = daemon.paths.pool.read_bytes()
@@ -87,6 +92,7 @@ def test_damaged_pool_is_an_error_at_the_end(daemon: Daemon) -> None:
     client.close()
     assert daemon.stop() == 1
     assert "damaged" in daemon.errors()
+    assert daemon.paths.folder.exists() == (not options)
 
 
 def test_version_and_help() -> None:

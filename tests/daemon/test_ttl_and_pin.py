@@ -59,6 +59,17 @@ def test_pin_and_time_survive_a_restart(daemon: Daemon, client: PoolClient) -> N
     assert num_refs(client.match_prefix(keys_of("pinned", 10))) == 10
 
 
+def test_half_of_the_pool_is_never_pinned(daemon: Daemon, client: PoolClient) -> None:
+    for i in range(30):
+        store(client, keys_of(f"pinned {i}", 10), pin=True)
+    entry = daemon.stats()["namespaces"][0]
+    assert 0 < entry["pinned"] <= entry["slots"] // 2
+    assert entry["ready"] > entry["pinned"]
+    assert daemon.counter("pin_refused") > 10
+    fill(client)
+    assert num_refs(client.match_prefix(keys_of("pinned 0", 10))) == 10
+
+
 def test_clear_frees_pinned_blocks(daemon: Daemon, client: PoolClient) -> None:
     store(client, keys_of("pinned", 10), pin=True)
     result = run_cli("clear", "--name", "test", "--shm-dir", daemon.shm_dir)

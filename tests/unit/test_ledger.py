@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_kvpool.ledger import MAX_PREPARES, MAX_WRITING, StoreGrant, StoreLedger
+from vllm_kvpool.errors import ProtocolError
+from vllm_kvpool.ledger import MAX_PREPARES, MAX_REFUSALS, MAX_WRITING, StoreGrant, StoreLedger
 from vllm_kvpool.protocol import CompleteStore, Prepared, PrepareStore
 from vllm_kvpool.types import pack_refs
 
@@ -58,7 +59,7 @@ def test_late_grant_is_given_back(ledger: StoreLedger) -> None:
 
 
 def test_completion_is_sent_again_after_a_loss(ledger: StoreLedger) -> None:
-    ask(ledger, 1)
+    ask(ledger, 1, blocks=1)
     grant(ledger, 1, 7)
     kept = ledger.completing(CompleteStore(id=2, refs=pack_refs([7])))
     assert kept is not None
@@ -70,7 +71,7 @@ def test_completion_is_sent_again_after_a_loss(ledger: StoreLedger) -> None:
 
 def test_references_of_others_are_not_completed(ledger: StoreLedger) -> None:
     assert ledger.completing(CompleteStore(id=1, refs=pack_refs([5]))) is None
-    ask(ledger, 2)
+    ask(ledger, 2, blocks=1)
     grant(ledger, 2, 7)
     kept = ledger.completing(CompleteStore(id=3, refs=pack_refs([5, 7])))
     assert kept is not None
@@ -96,16 +97,48 @@ def test_refusals(ledger: StoreLedger) -> None:
     ask(ledger, 1)
     ledger.refused(1, "deadline")
     assert ledger.take_finished() == [StoreGrant(1, None, "deadline")]
-    ask(ledger, 2)
+    ask(ledger, 2, blocks=1)
     grant(ledger, 2, 7)
     ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))
-    ledger.refused(3, "internal")
+    assert ledger.refused(3, "malformed")  # the daemon still has the slot: say hello
     assert ledger.writing == b""
     assert ledger.unsent == []
+    assert not ledger.refused(99, "internal")
+
+
+def test_refused_completion_is_sent_again_but_not_for_ever(ledger: StoreLedger) -> None:
+    ask(ledger, 1, blocks=1)
+    grant(ledger, 1, 7)
+    kept = ledger.completing(CompleteStore(id=2, refs=pack_refs([7])))
+    assert kept is not None
+    for refusal in range(MAX_REFUSALS):
+        assert ledger.unsent == [kept], refusal
+        assert ledger.writing == pack_refs([7])
+        ledger.sent(kept, due_ms=200)
+        assert ledger.refused(2, "internal")
+        ledger.lose_outstanding("lost")
+        ledger.check_integrity()
+    assert ledger.unsent == []
+    assert ledger.writing == b""
+
+
+@pytest.mark.parametrize("refs", [b"", bytes(8), bytes(15), bytes(17), bytes(24)])
+def test_grant_for_another_count_of_keys_is_refused(ledger: StoreLedger, refs: bytes) -> None:
+    ask(ledger, 1, blocks=2)
+    with pytest.raises(ProtocolError):
+        ledger.granted(Prepared(id=1, refs=refs))
+    ledger.check_integrity()
+    assert ledger.writing == b""
+    assert ledger.take_finished() == []
+
+
+def test_late_grant_of_half_a_reference_is_refused(ledger: StoreLedger) -> None:
+    with pytest.raises(ProtocolError):
+        ledger.granted(Prepared(id=1, refs=bytes(12)))
 
 
 def test_another_pool_forgets_all(ledger: StoreLedger) -> None:
-    ask(ledger, 1)
+    ask(ledger, 1, blocks=1)
     ask(ledger, 2)
     grant(ledger, 1, 7)
     ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 from vllm_kvpool.liveness import ClientLock, is_held, is_locked, lock_file
 
@@ -90,3 +93,26 @@ def test_children_do_not_inherit_it(tmp_path: Path) -> None:
         lock.close()
         assert not is_held(path)
         child.kill()
+
+
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o2770, 0o660), (0o700, 0o600)])
+def test_lock_files_are_open_to_the_folders_group_whatever_the_umask(
+    tmp_path: Path, folder_mode: int, file_mode: int
+) -> None:
+    folder = tmp_path / "pool"
+    folder.mkdir()
+    if os.geteuid() == 0:
+        os.chown(folder, 0, 12345)
+    folder.chmod(folder_mode)
+    before = os.umask(0o077)
+    try:
+        lock = ClientLock(folder / "clients" / "x.lock")
+        assert lock.hold()
+    finally:
+        os.umask(before)
+    there = lock.path.stat()
+    assert stat.S_IMODE(there.st_mode) == file_mode
+    assert stat.S_IMODE(lock.path.parent.stat().st_mode) == folder_mode
+    if os.geteuid() == 0 and folder_mode & stat.S_ISGID:
+        assert there.st_gid == 12345
+    lock.close()

@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.liveness import ClientLock
 from vllm_kvpool.pool.files import Mount, PoolFolder, size_text
+from vllm_kvpool.pool.namespaces import describe, fields_of, news
 from vllm_kvpool.pool.prefault import Prefault
-from vllm_kvpool.pool.service import PoolService, describe
-from vllm_kvpool.protocol import MAX_DESCRIPTION_BYTES, Hello, Namespace, PrepareStore, encode
+from vllm_kvpool.pool.service import PoolService
+from vllm_kvpool.protocol import (
+    MAX_DESCRIPTION_BYTES,
+    Error,
+    Hello,
+    Namespace,
+    PrepareStore,
+    encode,
+)
 
 
 def test_description_is_cut_to_fit() -> None:
@@ -23,6 +33,40 @@ def test_description_is_cut_to_fit() -> None:
 
 def test_description_without_hope() -> None:
     assert describe({str(i): "x" for i in range(10_000)}) == "{}"
+
+
+def test_what_is_no_description_has_no_fields() -> None:
+    assert fields_of("") == fields_of("[1]") == fields_of("cut {") == {}
+    assert fields_of(describe({"model": "m"})) == {"model": "m"}
+
+
+def test_news_of_a_namespace_name_what_differs() -> None:
+    fields = {"model": "m", "dtype": "half"}
+    near = {"digest": "aa" * 32, "description": describe(fields | {"dtype": "float"})}
+    far = {"digest": "bb" * 32, "description": describe({"model": "n"})}
+    assert news(bytes(32), describe(fields), []) == ""
+    assert news(b"\xaa" * 32, near["description"], [near, far]) == ""
+    text = news(bytes(32), describe(fields), [far, near])
+    assert text.endswith("the closest of 2 in 'dtype'")
+    assert "\n" not in news(bytes(32), describe(fields | {"a\nb": "1"}), [near])
+
+
+def test_lock_file_that_the_daemon_may_not_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("vllm_kvpool.pool.service.is_held", refuse)
+    with PoolFolder("x", str(tmp_path)) as folder:
+        owner = PoolOwner.create(str(folder.paths.pool), 16 << 20)
+        service = PoolService(owner, folder, Prefault(owner, Mount.of(tmp_path)))
+        space = Namespace(digest=bytes(32), slot_bytes=1 << 16, fields={})
+        hello = Hello(id=1, version=1, now_ms=0, pid=1, client_id="0" * 32, namespace=space)
+        reply = service.handle(b"connection", encode(hello))
+        assert isinstance(reply, Error)
+        assert reply.code == "lock"
+        assert "--group-access" in reply.message
 
 
 def test_sizes_for_people() -> None:

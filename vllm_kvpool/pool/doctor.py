@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import resource
 from collections.abc import Iterator
@@ -14,10 +13,12 @@ from typing import Any, Literal, NamedTuple
 from vllm_kvpool import __version__
 from vllm_kvpool._native import FORMAT_VERSION
 from vllm_kvpool.errors import ConfigError, PoolUnavailable, ProtocolError
+from vllm_kvpool.keys import differing_fields
 from vllm_kvpool.liveness import is_held
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.admin import PoolSummary, fetch_stats, list_pools
 from vllm_kvpool.pool.files import Mount, size_text
+from vllm_kvpool.pool.namespaces import fields_of
 from vllm_kvpool.protocol import PROTOCOL_VERSION
 
 Status = Literal["ok", "warn", "fail"]
@@ -202,19 +203,11 @@ def _dead_locks(pool: PoolSummary) -> Iterator[Finding]:
 def _namespaces(pool: PoolSummary) -> Iterator[Finding]:
     """Pairs of namespaces of the same model, which share nothing for a reason that may be a
     mistake."""
-    fields = [_fields(entry["description"]) for entry in pool.namespaces]
+    fields = [fields_of(entry["description"]) for entry in pool.namespaces]
     for one, other in itertools.combinations(fields, 2):
-        names = sorted(one.keys() | other.keys())
-        differing = [name for name in names if one.get(name) != other.get(name)]
+        differing = differing_fields(one, [other])
         if not any(name in MODEL_FIELDS for name in differing):
             what = "; ".join(f"{n}: {one.get(n, '-')} / {other.get(n, '-')}" for n in differing)
             message = f"engines of one model share nothing, they differ in {what}"
             fix = "start them alike, where that was not meant"
             yield Finding(f"pool '{pool.name}' namespaces", "warn", message, fix)
-
-
-def _fields(description: str) -> dict[str, str]:
-    try:
-        return dict(json.loads(description))
-    except ValueError:
-        return {}

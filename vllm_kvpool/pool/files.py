@@ -7,6 +7,7 @@ Everything that cannot work is refused before anything is made, with what to do 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
@@ -18,8 +19,10 @@ from typing import NamedTuple, Self
 from vllm_kvpool._native import PoolFormatError, PoolOwner
 from vllm_kvpool.config import PoolConfig, parse_size, pool_dir
 from vllm_kvpool.errors import ConfigError, PoolUnavailable
-from vllm_kvpool.liveness import lock_file
-from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.liveness import lock_file, names
+from vllm_kvpool.paths import PoolPaths, check_folder
+
+logger = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 0.2
 """Longer than anybody looks at the lock (`liveness.is_locked`), shorter than a person waits."""
@@ -66,7 +69,8 @@ class PoolFolder:
         """PoolUnavailable: a daemon serves it. ConfigError: it cannot be ours."""
         self.name = name
         self.paths = PoolPaths(pool_dir(name, shm_dir))
-        self._make(0o770 if group_access else 0o700)
+        # Set-group-id: what engines of other users make there belongs to the pool's group as well.
+        self._make(0o2770 if group_access else 0o700)
         fd = lock_file(self.paths.daemon_lock, exclusive=True, timeout_s=_LOCK_WAIT_S)
         if fd is None:
             raise PoolUnavailable(
@@ -83,15 +87,12 @@ class PoolFolder:
         folder = self.paths.folder
         try:
             folder.mkdir(mode=mode, exist_ok=True)
-            owner = folder.lstat()
-            if not stat.S_ISDIR(owner.st_mode) or owner.st_uid != os.geteuid():
-                # Anybody may make a name in /dev/shm; blocks of a stranger's pool are not to be
-                # trusted.
-                fix = f"{folder} belongs to user {owner.st_uid}: choose another --name"
-                raise ConfigError("name", self.name, fix)
-            folder.chmod(mode)
+            check_folder(folder)
+            _set_mode(folder, mode)
             self.paths.clients.mkdir(exist_ok=True)
-            self.paths.clients.chmod(mode)
+            _set_mode(self.paths.clients, mode)
+        except PoolUnavailable as error:
+            raise ConfigError("name", self.name, str(error)) from None
         except OSError as error:
             raise ConfigError("shm_dir", str(folder.parent), str(error)) from None
 
@@ -114,8 +115,15 @@ class PoolFolder:
                     os.close(fd)
 
     def remove(self) -> None:
-        """Delete the pool. Whoever still has it mapped keeps that memory until it lets go."""
-        shutil.rmtree(self.paths.folder, ignore_errors=True)
+        """Delete the pool. Whoever still has it mapped keeps that memory until it lets go.
+
+        Where the folder was deleted under us, another daemon may have made it anew: that is not
+        ours to delete.
+        """
+        if names(self.paths.daemon_lock, self._lock):
+            shutil.rmtree(self.paths.folder, ignore_errors=True)
+        else:
+            logger.warning("%s is not ours any more: not deleted", self.paths.folder)
 
     def close(self) -> None:
         os.close(self._lock)
@@ -130,6 +138,12 @@ class PoolFolder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _set_mode(folder: Path, mode: int) -> None:
+    """Only if need be: of another user's folder we may not."""
+    if stat.S_IMODE(folder.stat().st_mode) != mode:
+        folder.chmod(mode)
 
 
 def check_room(config: PoolConfig) -> None:

@@ -28,9 +28,11 @@ def serve(config: PoolConfig) -> None:
         owner = open_pool(folder, config, pool_time_s())
         _place(owner, config)
         _serve_owner(owner, folder, config)
-        _check(owner)
-        if config.remove:
-            folder.remove()
+        try:
+            _check(owner)
+        finally:
+            if config.remove:
+                folder.remove()
 
 
 def _place(owner: PoolOwner, config: PoolConfig) -> None:

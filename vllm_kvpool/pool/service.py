@@ -6,11 +6,11 @@ counted under the error's code (`error_<code>`).
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,11 +20,11 @@ from vllm_kvpool._native import FORMAT_VERSION, PoolOwner
 from vllm_kvpool.clock import now_ms, pool_time_s
 from vllm_kvpool.liveness import is_held
 from vllm_kvpool.pool.files import PoolFolder
+from vllm_kvpool.pool.namespaces import describe, news
 from vllm_kvpool.pool.prefault import Prefault
-from vllm_kvpool.pool.sessions import Session, Sessions
+from vllm_kvpool.pool.sessions import NO_NAMESPACE, Session, Sessions
 from vllm_kvpool.protocol import (
     ACCEPTED_VERSIONS,
-    MAX_DESCRIPTION_BYTES,
     MAX_KEYS,
     MAX_MESSAGE_BYTES,
     MAX_TTL_S,
@@ -46,7 +46,7 @@ from vllm_kvpool.protocol import (
     Touch,
     Welcome,
 )
-from vllm_kvpool.types import KEY_BYTES, REF_BYTES
+from vllm_kvpool.types import KEY_BYTES, REF_BYTES, num_keys
 
 logger = logging.getLogger(__name__)
 
@@ -132,18 +132,18 @@ class PoolService:
                 blocks = self._owner.clear(self._namespace_index(request.namespace))
                 return Cleared(id=request.id, blocks=blocks)
             case _:
-                return self._answer_client(session.client, request)
+                return self._answer_client(session, request)
 
     def _answer_client(
-        self, client: int, request: PrepareStore | CompleteStore | Touch | Drop
+        self, session: Session, request: PrepareStore | CompleteStore | Touch | Drop
     ) -> AnyReply | None:
-        if client == NO_CLIENT:
+        if session.client == NO_CLIENT:
             raise _RefusedError("hello", "say hello with a client_id and a namespace for this")
         match request:
             case PrepareStore():
-                return self._prepare(client, request)
+                return self._prepare(session, request)
             case CompleteStore():
-                return self._complete(client, request)
+                return self._complete(session.client, request)
             case Touch():
                 self._owner.touch(_refs(request.refs))
             case Drop():
@@ -162,8 +162,9 @@ class PoolService:
             )
         if self._sessions.is_stale(hello.client_id, hello.now_ms):
             raise _RefusedError("deadline", "a newer hello of this client was answered already")
-        client = self._admit(hello) if hello.client_id else NO_CLIENT
-        session = Session(client, hello.client_id, hello.now_ms, now_ms() - hello.now_ms)
+        client, namespace = self._admit(hello) if hello.client_id else (NO_CLIENT, NO_NAMESPACE)
+        offset_ms = now_ms() - hello.now_ms
+        session = Session(client, hello.client_id, hello.now_ms, offset_ms, namespace)
         self._sessions.add(connection, session)
         return Welcome(
             id=hello.id,
@@ -173,15 +174,14 @@ class PoolService:
             client=client,
         )
 
-    def _admit(self, hello: Hello) -> int:
-        """Index of the client, made when new."""
+    def _admit(self, hello: Hello) -> tuple[int, int]:
+        """Indices of the client and of its namespace, made when new."""
         if _CLIENT_ID.fullmatch(hello.client_id) is None or hello.namespace is None:
             raise _RefusedError("malformed", "a client has an id of 32 hex digits and a namespace")
         if not 0 < hello.pid < 1 << 31:
             raise _RefusedError("malformed", "pid is the number of a process")
         lock = self._folder.paths.client_lock(hello.client_id)
-        if not is_held(lock):
-            raise _RefusedError("lock", f"hold a shared flock on {lock.name} in clients/ first")
+        _expect_held(lock)
         namespace = self._add_namespace(hello.namespace)
         try:
             client = self._owner.add_client(hello.client_id, str(lock), hello.pid, namespace)
@@ -189,21 +189,24 @@ class PoolService:
             # No entry left in the table, or no memory left for a lease bitmap.
             raise _RefusedError("clients_full", str(error)) from None
         self._owner.keep_writing(client, _refs(hello.writing))
-        return client
+        return client, namespace
 
     def _add_namespace(self, namespace: Namespace) -> int:
         if len(namespace.digest) != KEY_BYTES or not 0 < namespace.slot_bytes < 1 << 32:
             raise _RefusedError("malformed", "a namespace has a digest of 32 bytes and a slot size")
+        description = describe(namespace.fields)
+        text = news(namespace.digest, description, self._owner.namespaces())
         try:
-            return self._owner.add_namespace(
-                namespace.digest, namespace.slot_bytes, describe(namespace.fields)
-            )
+            index = self._owner.add_namespace(namespace.digest, namespace.slot_bytes, description)
         except ValueError as error:
             raise _RefusedError("namespace", str(error)) from None
+        if text:
+            logger.info("%s", text)
+        return index
 
     # verbs --------------------------------------------------------------------------------------
 
-    def _prepare(self, client: int, request: PrepareStore) -> Prepared:
+    def _prepare(self, session: Session, request: PrepareStore) -> Prepared:
         if len(request.keys) % KEY_BYTES or len(request.parent) not in {0, KEY_BYTES}:
             raise _RefusedError("malformed", f"keys have {KEY_BYTES} bytes each")
         if len(request.keys) > MAX_KEYS * KEY_BYTES:
@@ -212,14 +215,29 @@ class PoolService:
             raise _RefusedError("malformed", f"ttl_s lies between 0 and {MAX_TTL_S}")
         now_s = pool_time_s()
         refs = self._owner.prepare_store(
-            client,
+            session.client,
             request.keys,
             request.parent,
             now_s,
             expiry_s=now_s + request.ttl_s if request.ttl_s else 0,
-            pin=request.pin,
+            pin=request.pin and self._may_pin(session.namespace, num_keys(request.keys)),
         )
         return Prepared(id=request.id, refs=refs)
+
+    def _may_pin(self, namespace: int, num_blocks: int) -> bool:
+        """Whether half of the slots that the namespace has, or can still get, stay unpinned:
+        requests ask for pins, and a pool of nothing else could store no more."""
+        owner = self._owner
+        spaces: list[dict[str, Any]] = owner.namespaces()
+        entry = next(space for space in spaces if space["index"] == namespace)
+        unassigned = owner.populated_slabs - sum(space["slabs"] for space in spaces)
+        slot_bytes = max(entry["slot_bytes"], owner.min_slot_bytes)
+        slots = (entry["slabs"] + max(0, unassigned)) * (owner.slab_bytes // slot_bytes)
+        # Pins count once they are READY; what is being written may be pinned as well.
+        if 2 * (entry["pinned"] + entry["writing"] + num_blocks) <= slots:
+            return True
+        self.counters["pin_refused"] += 1
+        return False
 
     def _complete(self, client: int, request: CompleteStore) -> Completed:
         refs, aborted = _refs(request.refs), _refs(request.aborted)
@@ -278,23 +296,23 @@ def _id_of(payload: bytes) -> int:
         return 0
 
 
+def _expect_held(lock: Path) -> None:
+    try:
+        held = is_held(lock)
+    except PermissionError:
+        text = (
+            f"the daemon may not open {lock.name} in clients/: run both as one user, or serve with "
+            "--group-access and let the daemon's group read and write the file (mode 0660)"
+        )
+        raise _RefusedError("lock", text) from None
+    if not held:
+        raise _RefusedError("lock", f"hold a shared flock on {lock.name} in clients/ first")
+
+
 def _refs(refs: bytes) -> bytes:
     if len(refs) % REF_BYTES:
         raise _RefusedError("malformed", f"slot references have {REF_BYTES} bytes each")
     return refs
-
-
-def describe(fields: dict[str, str]) -> str:
-    """JSON for `doctor`; the longest values are cut until it fits."""
-    longest = MAX_DESCRIPTION_BYTES
-    while (
-        len(text := json.dumps({k: v[:longest] for k, v in fields.items()}))
-        >= MAX_DESCRIPTION_BYTES
-    ):
-        if longest == 0:
-            return "{}"
-        longest //= 2
-    return text
 
 
 def _plain(entry: dict[str, Any]) -> dict[str, int | str]:

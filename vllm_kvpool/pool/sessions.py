@@ -14,6 +14,10 @@ MAX_SESSIONS = 4_096
 say hello again."""
 
 
+NO_NAMESPACE = -1
+"""Of an admin client."""
+
+
 class Session(NamedTuple):
     client: int
     """Index in the pool's client table; protocol.NO_CLIENT for an admin client."""
@@ -23,6 +27,8 @@ class Session(NamedTuple):
     offset_ms: int
     """Our clock minus the client's, at most: a Hello that waited in a queue makes it look
     larger."""
+    namespace: int = NO_NAMESPACE
+    """Index in the pool's namespace table."""
 
 
 class Sessions:

@@ -1,0 +1,153 @@
+"""A client believes no answer that cannot be one: it says so once, and goes on without the pool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from helpers import keys_of, namespace_of, until
+
+from vllm_kvpool import protocol
+from vllm_kvpool._native import MAX_CLIENTS, PoolOwner
+from vllm_kvpool.client import PoolClient
+from vllm_kvpool.config import pool_dir
+from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.protocol import (
+    AnyReply,
+    AnyRequest,
+    Completed,
+    CompleteStore,
+    Error,
+    Hello,
+    Prepared,
+    PrepareStore,
+    Welcome,
+)
+from vllm_kvpool.types import pack_refs
+
+
+class LyingDaemon:
+    """A real pool file and a ROUTER that answers what the test wants."""
+
+    def __init__(self, shm_dir: Path) -> None:
+        self.paths = PoolPaths(pool_dir("test", str(shm_dir)))
+        self.paths.clients.mkdir(parents=True, mode=0o700)
+        self.owner = PoolOwner.create(str(self.paths.pool), 16 << 20)
+        self.seen: list[AnyRequest] = []
+        self.lent = 0
+        self.answer: Callable[[AnyRequest], AnyReply | None] = lambda _: None
+        self.context = zmq.Context()
+        self.socket = self.context.socket(zmq.ROUTER)
+        self.socket.linger = 0
+        self.socket.bind(self.paths.endpoint)
+        self.client = PoolClient(self.paths.folder, namespace_of("a"))
+        index = self.owner.add_namespace(bytes(32), 64 << 10, "{}")
+        lock, client_id = str(self.client.lock_path), self.client.client_id
+        self.client.lock_path.touch()
+        self.owner.add_client(client_id, lock, os.getpid(), index)
+
+    def serve(self) -> None:
+        while self.socket.poll(5):
+            connection, payload = self.socket.recv_multipart()
+            request = protocol.decode_request(payload)
+            self.seen.append(request)
+            reply = self._welcome(request) if isinstance(request, Hello) else self.answer(request)
+            if reply is not None:
+                self.socket.send_multipart([connection, protocol.encode(reply)])
+
+    def _welcome(self, hello: Hello) -> Welcome:
+        pool_id, epoch = self.owner.pool_id, self.owner.epoch
+        return Welcome(id=hello.id, version=1, pool_id=pool_id, epoch=epoch, client=self.lent)
+
+    def turn(self) -> list[object]:
+        finished = self.client.poll()
+        self.serve()
+        return list(finished)
+
+    def hellos(self) -> list[Hello]:
+        return [request for request in self.seen if isinstance(request, Hello)]
+
+    def connect(self) -> None:
+        until(lambda: (self.turn(), self.client.connected)[1], "connection")
+
+    def grant(self, refs: bytes, blocks: int) -> list[object]:
+        """Ask for `blocks` slots and be answered `refs`."""
+        self.answer = lambda request: (
+            Prepared(id=request.id, refs=refs) if isinstance(request, PrepareStore) else None
+        )
+        assert self.client.prepare_store(keys_of("chain", blocks)) is not None
+        return until(self.turn, "the end of the request")
+
+    def close(self) -> None:
+        self.client.close()
+        self.socket.close()
+        self.context.term()
+
+
+@pytest.fixture
+def liar(shm_dir: Path) -> Iterator[LyingDaemon]:
+    liar = LyingDaemon(shm_dir)
+    yield liar
+    liar.close()
+
+
+@pytest.mark.parametrize("lent", [-2, -1, MAX_CLIENTS, 1 << 40])
+def test_bitmap_that_does_not_exist(
+    liar: LyingDaemon, lent: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    liar.lent = lent
+    until(lambda: (liar.turn(), "makes no sense" in caplog.text)[1], "the word")
+    for _ in range(20):
+        liar.turn()
+    assert not liar.client.connected
+    assert len(liar.hellos()) == 1  # it is not asked again at once
+    assert caplog.text.count("makes no sense") == 1
+
+
+@pytest.mark.parametrize("refs", [bytes(3), bytes(8), bytes(24)])
+def test_grant_that_does_not_fit_the_keys(
+    liar: LyingDaemon, refs: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    liar.connect()
+    (end,) = liar.grant(refs, 2)
+    assert (end.refs, end.reason) == (None, "lost")  # type: ignore[attr-defined]
+    assert not liar.client.connected
+    assert liar.client.prepare_store(keys_of("chain", 1)) is None
+    assert caplog.text.count("makes no sense") == 1
+
+
+def test_refused_completion_is_said_again_after_a_hello(liar: LyingDaemon) -> None:
+    liar.connect()
+    ref = pack_refs([1 << 32 | 7])
+    liar.grant(ref, 1)
+    liar.answer = lambda request: Error(id=request.id, code="internal", message="a bug")
+    liar.client.complete_store(ref)
+    until(lambda: (liar.turn(), not liar.client.connected)[1], "the refusal")
+    liar.answer = lambda request: Completed(id=request.id, ready=1)
+    until(lambda: (liar.turn(), liar.client._ledger.writing == b"")[1], "the second time")
+    assert liar.hellos()[-1].writing == ref
+    assert [r.refs for r in liar.seen if isinstance(r, CompleteStore)] == [ref, ref]
+    assert liar.client.connected
+
+
+def test_folder_that_is_not_ours(
+    liar: LyingDaemon, shm_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is said to whoever listens there, and nothing made."""
+    link = shm_dir / "vllm-kvpool-link"
+    link.symlink_to(liar.paths.folder)
+    client = PoolClient(link, namespace_of("a"))
+    for _ in range(20):
+        client._next_try_ms = 0
+        client.poll()
+        liar.serve()
+    assert client.view is None
+    assert liar.seen == []
+    assert list(liar.paths.clients.iterdir()) == [liar.client.lock_path]
+    assert caplog.text.count("is not a directory") == 1
+    link.unlink()  # from now on there is just no pool
+    client.poll()
+    client.close()
