@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from helpers import until
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
@@ -179,6 +180,7 @@ class MiniEngine:
         max_tokens: int = 512,
         asynchronous: bool = False,
         kv_order: str = "LBHNC",
+        connect: bool = True,
         extra: dict[str, Any],
         **options: Any,
     ) -> None:
@@ -214,7 +216,15 @@ class MiniEngine:
         self._ids = itertools.count()
         self.outputs: dict[str, list[int]] = {}
         self.cached_tokens: dict[str, int] = {}
+        if connect and self.connector._scheduler is not None:
+            self.wait_connected()
         self._stats = KVPoolStats()
+
+    def wait_connected(self) -> None:
+        """As an engine is some milliseconds after its first request."""
+        link = self.connector._scheduler._link
+        link.start()
+        until(lambda: (link.poll(), link.usable)[1], "connection")
 
     def _kv_config(self) -> Any:
         spec = FullAttentionSpec(

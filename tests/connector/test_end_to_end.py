@@ -70,6 +70,7 @@ def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         options=OPTIONS + small,
         env=env,
     )
+    change_config(b, kv_connector_module_path=None)  # found by name, through the plugin
     reference = Engine(tiny_model, logs / "r.log", extra=None, options=OPTIONS, env=env)
     refused = Engine(tiny_model, logs / "refused.log", extra=pool, options=OPTIONS, env=env)
     change_config(refused, kv_load_failure_policy="fail")

@@ -219,8 +219,6 @@ def test_pool_file_gone_before_a_worker_mapped_it(
 ) -> None:
     late = make_engine()
     request_id = late.add(PROMPT)
-    link = late.connector._scheduler._link
-    until(lambda: (link.poll(), link.usable)[1])
     (daemon.paths.pool).unlink()
     late.run()
     assert late.outputs[request_id] == expected_output(PROMPT)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
 from helpers import Daemon, until
+
+from vllm_kvpool.config import pool_dir
+from vllm_kvpool.liveness import is_locked
+from vllm_kvpool.paths import PoolPaths
 
 MakeEngine = Callable[..., MiniEngine]
 
@@ -92,7 +99,7 @@ def test_first_request_waits_for_the_first_hello_but_not_long(
     prompt = prompt_of(8, 8 * BLOCK)
     make_engine().generate(prompt)
     daemon.pause()
-    late = make_engine()
+    late = make_engine(connect=False)
     assert late.generate(prompt) == (expected_output(prompt), 0)
     daemon.resume()
     prompt = prompt_of(8, 7 * BLOCK)
@@ -120,3 +127,20 @@ def test_adapters_of_the_same_name_share_nothing_where_hashes_do_not_tell(
     assert not record.may_store
     assert engine.connector.get_num_new_matched_tokens(request, 0) == (0, False)
     assert record.lookup == replace(record.lookup, miss="lora")
+
+
+def test_auto_starts_a_daemon_that_outlives_the_engine(
+    make_engine: MakeEngine, shm_dir: Path
+) -> None:
+    prompt = prompt_of(10, 8 * BLOCK)
+    auto = {"pool": "auto", "size": "16MiB"}
+    first, second = make_engine(extra=auto), make_engine(extra=auto)
+    daemon_lock = PoolPaths(pool_dir("default", str(shm_dir))).daemon_lock
+    pid = int(daemon_lock.read_text())
+    try:
+        first.generate(prompt)
+        first.close()
+        assert second.generate(prompt) == (expected_output(prompt), 7 * BLOCK)
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    until(lambda: not is_locked(daemon_lock), "end of the daemon")

@@ -124,7 +124,7 @@ def test_trap_8_first_requests_of_an_engine_are_put_off_together(
         filler.add(prompt, 1)
     filler.run()
     until(lambda: daemon.counter("ready") == 16 * 8)
-    engine = make_engine(num_blocks=41)
+    engine = make_engine(num_blocks=41, connect=False)
     ids = [engine.add(prompt) for prompt in prompts]
     link = engine.connector._scheduler._link
     lookups = 0
