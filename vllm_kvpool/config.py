@@ -118,7 +118,7 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     store: Literal["all", "prompt"] = "all"
     """Store prompt and generated blocks, or the prompt's only."""
     load_deadline_ms: int = 2_000
-    """A load that takes longer is stopped and its blocks are computed again."""
+    """When no copy ends for so long, loads are stopped and their blocks are computed again."""
     checksum: Literal["off", "sampled", "all"] = "sampled"
     """Which blocks carry a payload checksum: none, one in 16 (chosen by key), or all."""
     epoch: str = ""

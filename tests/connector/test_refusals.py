@@ -139,7 +139,7 @@ def test_trap_12_unsupported_engine_runs_as_without_a_pool(
 def test_missing_layout_of_a_worker_turns_the_pool_off(
     make_engine: MakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = make_engine()
+    engine = make_engine(connect=False)
     link = engine.connector._scheduler._link
     link._layouts, link._num_workers = [], 2
     engine.connector.set_xfer_handshake_metadata_pp_aware(

@@ -124,6 +124,14 @@ class PoolLink:
         self._settling = not self._settled and time.monotonic() < self._settle_until_s
         return grants
 
+    def take_skipped(self) -> dict[str, int]:
+        """What the client left undone since the last call, by reason."""
+        if self.client is None or not self.client.skipped:
+            return {}
+        skipped = dict(self.client.skipped)
+        self.client.skipped.clear()
+        return skipped
+
     @property
     def settling(self) -> bool:
         """Whether it is worth asking again in a moment: the first Hello is on its way.

@@ -116,6 +116,8 @@ class SchedulerSide:
         logger.info("KV pool: blocks stored before now are hidden from this engine")
 
     def take_stats(self) -> KVPoolStats | None:
+        for reason, amount in self._link.take_skipped().items():
+            self._stats.count("client_skipped", amount, reason=reason)
         return self._stats.taken()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ REASONED_COUNTERS = {
     "misses": "Lookups at admission that loaded nothing, by reason.",
     "load_failed_blocks": "Blocks whose load failed and that were computed instead, by reason.",
     "store_skipped_blocks": "Blocks that were not stored, by reason.",
+    "client_skipped": "What the pool's client left undone (lookups, requests, messages), by reason.",
 }
 """These have a label `reason`; their keys in `data` are "name:reason"."""
 HISTOGRAMS = {
