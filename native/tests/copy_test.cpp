@@ -298,11 +298,14 @@ TEST(loads_go_before_stores) {
     Loads loads;
     for (uint32_t slot = 8; slot < 16; ++slot) loads.slots.set(loads.slots.refs[slot], SlotState::kWriting);
     std::vector<CopyBlock> store, load = {{loads.slots.refs[0], 0}};
-    for (uint32_t i = 0; i < 3'000; ++i) store.push_back({loads.slots.refs[8 + i % 8], 1});
+    for (uint32_t i = 0; i < 300'000; ++i) store.push_back({loads.slots.refs[8 + i % 8], 1});
     CopyEngine engine(loads.slots.file, loads.memory.regions, 0, 0, 1);
     uint64_t slow = engine.submit(Direction::kStore, store);
     CHECK(all(run(engine, Direction::kLoad, load), CopyStatus::kOk));
-    CHECK_EQ(wait(engine).job, slow);
+    engine.cancel(slow);
+    FinishedCopy finished = wait(engine);
+    CHECK_EQ(finished.job, slow);
+    CHECK(finished.status.back() == CopyStatus::kCancelled);
 }
 
 TEST(cancel_while_copying) {

@@ -45,9 +45,9 @@ def test_trap_9_and_10_abort_after_any_step(
     assert engine.generate(PROMPT)[0] == expected_output(PROMPT)
 
 
-def test_trap_11_never_scheduled_request(engine: MiniEngine) -> None:
-    """Because another one takes all of the engine, or because it is aborted in the same step."""
-    engine.scheduler.max_num_running_reqs = 1
+def test_trap_11_never_scheduled_request(make_engine: MakeEngine) -> None:
+    """Because another one takes all of the engine."""
+    engine = make_engine(max_num_seqs=1)
     running, waiting = engine.add(PROMPT, 20), engine.add(prompt_of(2, 5 * BLOCK))
     engine.step()
     assert engine.status(waiting) == RequestStatus.WAITING
