@@ -21,7 +21,8 @@ class Arc final : public EvictionPolicy {
         ghosts_often_.set_capacity(capacity);
     }
     void insert(uint32_t slot, uint64_t key_hash) override {
-        stuck_ = nullptr;
+        once_.retry();
+        often_.retry();
         nodes_[slot].key_hash = key_hash;
         uint64_t b1 = std::max<uint64_t>(ghosts_once_.size(), 1), b2 = std::max<uint64_t>(ghosts_often_.size(), 1);
         if (ghosts_once_.take(key_hash)) {
@@ -40,14 +41,11 @@ class Arc final : public EvictionPolicy {
     }
     uint32_t coldest() override {
         bool from_once = once_.size() > target_;
-        if (once_.size() == 0 || stuck_ == &once_) from_once = false;
-        if (often_.size() == 0 || stuck_ == &often_) from_once = once_.size() > 0;
+        if (once_.stuck()) from_once = false;
+        if (often_.stuck()) from_once = once_.size() > 0;
         return from_once ? once_.oldest() : often_.oldest();
     }
-    void spare(uint32_t slot) override {
-        stuck_ = &list_of(slot);
-        stuck_->refresh(slot);
-    }
+    void spare(uint32_t slot) override { list_of(slot).spare(slot); }
     void evicted(uint32_t slot) override {
         (once_.has(slot) ? ghosts_once_ : ghosts_often_).add(nodes_[slot].key_hash);
         list_of(slot).remove(slot);
@@ -67,7 +65,6 @@ class Arc final : public EvictionPolicy {
     LazyArray<SlotNode> nodes_;
     SlotList once_{nodes_, 1}, often_{nodes_, 2};
     Ghosts ghosts_once_, ghosts_often_;
-    SlotList* stuck_ = nullptr;  // its oldest could not go: try the other one until something new comes
     uint64_t capacity_ = 0;
     uint64_t target_ = 0;
 };

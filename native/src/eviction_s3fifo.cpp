@@ -21,7 +21,8 @@ class S3Fifo final : public EvictionPolicy {
         ghosts_.set_capacity(capacity - capacity / kSmallShare);
     }
     void insert(uint32_t slot, uint64_t key_hash) override {
-        stuck_ = nullptr;
+        small_.retry();
+        main_.retry();
         nodes_[slot].key_hash = key_hash;
         nodes_[slot].freq = 0;
         (ghosts_.take(key_hash) ? main_ : small_).push_newest(slot);
@@ -30,8 +31,8 @@ class S3Fifo final : public EvictionPolicy {
     uint32_t coldest() override {
         while (size() > 0) {
             bool from_small = small_.size() >= small_target_;
-            if (small_.size() == 0 || stuck_ == &small_) from_small = false;
-            if (main_.size() == 0 || stuck_ == &main_) from_small = small_.size() > 0;
+            if (small_.stuck()) from_small = false;
+            if (main_.stuck()) from_small = small_.size() > 0;
             uint32_t slot = from_small ? small_.oldest() : main_.oldest();
             SlotNode& node = nodes_[slot];
             if (node.freq == 0) return slot;
@@ -46,10 +47,7 @@ class S3Fifo final : public EvictionPolicy {
         }
         return kNoSlot;
     }
-    void spare(uint32_t slot) override {
-        stuck_ = &list_of(slot);
-        stuck_->refresh(slot);
-    }
+    void spare(uint32_t slot) override { list_of(slot).spare(slot); }
     void evicted(uint32_t slot) override {
         if (small_.has(slot)) ghosts_.add(nodes_[slot].key_hash);
         list_of(slot).remove(slot);
@@ -67,7 +65,6 @@ class S3Fifo final : public EvictionPolicy {
 
     LazyArray<SlotNode> nodes_;
     SlotList small_{nodes_, 1}, main_{nodes_, 2};
-    SlotList* stuck_ = nullptr;  // its oldest could not go: try the other one until something new comes
     Ghosts ghosts_;
     uint64_t small_target_ = 1;
 };

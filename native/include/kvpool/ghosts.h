@@ -14,7 +14,7 @@ class Ghosts {
     void set_capacity(uint64_t capacity) {
         capacity_ = std::max<uint64_t>(capacity, 1);
         uint64_t buckets = 16;
-        while (buckets * kWays < capacity_) buckets *= 2;
+        while (buckets * kWays < 4 * capacity_) buckets *= 2;
         if (buckets == buckets_) return;
         buckets_ = buckets;
         table_.clear();
@@ -25,7 +25,8 @@ class Ghosts {
         Entry* bucket = bucket_of(key_hash);
         Entry* place =
             std::min_element(bucket, bucket + kWays, [](const Entry& a, const Entry& b) { return a.time < b.time; });
-        *place = {key_hash, ++now_};
+        if (++now_ == 0) now_ = 1;
+        *place = {static_cast<uint32_t>(key_hash), now_};
         size_ = std::min(size_ + 1, capacity_);
     }
     // True when the key was there; it is not any more.
@@ -33,7 +34,7 @@ class Ghosts {
         if (size_ == 0) return false;
         Entry* bucket = bucket_of(key_hash);
         for (Entry* entry = bucket; entry != bucket + kWays; ++entry) {
-            if (entry->key_hash != key_hash || entry->time == 0) continue;
+            if (entry->fingerprint != static_cast<uint32_t>(key_hash) || entry->time == 0) continue;
             bool recent = now_ - entry->time < capacity_;
             *entry = Entry{};
             --size_;
@@ -46,15 +47,15 @@ class Ghosts {
   private:
     static constexpr size_t kWays = 4;
     struct Entry {
-        uint64_t key_hash = 0;
-        uint64_t time = 0;
+        uint32_t fingerprint = 0;
+        uint32_t time = 0;  // 0 = empty
     };
     Entry* bucket_of(uint64_t key_hash) { return &table_[(key_hash >> 32) % buckets_ * kWays]; }
 
     std::vector<Entry> table_;
     uint64_t buckets_ = 16;
     uint64_t capacity_ = 1;
-    uint64_t now_ = 0;
+    uint32_t now_ = 0;
     uint64_t size_ = 0;
 };
 

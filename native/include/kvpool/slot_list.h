@@ -40,6 +40,14 @@ class SlotList {
         remove(slot);
         push_newest(slot);
     }
+    // The oldest cannot go now: next time it is another one's turn. When none of them can, the list is stuck, and
+    // asking it again is in vain until `retry`.
+    void spare(uint32_t slot) {
+        refresh(slot);
+        ++spared_;
+    }
+    bool stuck() const { return spared_ >= size_; }
+    void retry() { spared_ = 0; }
     bool has(uint32_t slot) const { return nodes_[slot].list == id_; }
     uint32_t oldest() const { return oldest_ - 1; }  // kNoSlot when empty
     uint64_t size() const { return size_; }
@@ -58,6 +66,7 @@ class SlotList {
     uint8_t id_;
     uint32_t newest_ = 0, oldest_ = 0;  // slot + 1
     uint64_t size_ = 0;
+    uint64_t spared_ = 0;  // since `retry`
 };
 
 }  // namespace kvpool
