@@ -29,8 +29,8 @@ from benchmarks.report import percentile, write_json
 from benchmarks.tiny_model import make_tiny_model
 
 SEED = 5
-LONG_PROMPTS, LONG_TOKENS = 40, 32_768
-ROUNDS, BATCH, CONCURRENCY = 10, 12, 4
+LONG_PROMPTS, LONG_TOKENS = 16, 32_768
+ROUNDS, BATCH, CONCURRENCY = 8, 8, 4
 PROMPT_TOKENS, OUTPUT_TOKENS = 1_500, 48
 WARM_UP_ROUNDS = 1
 
