@@ -52,11 +52,11 @@ class Channel:
 
     def receive(self, wait_ms: int = 0) -> AnyReply | None:
         """The next reply; None: there is none, or it is not one that this version knows."""
-        if not self._socket.poll(wait_ms, zmq.POLLIN):
+        if wait_ms and not self._socket.poll(wait_ms, zmq.POLLIN):
             return None
         try:
-            reply: AnyReply = protocol.decode_reply(self._socket.recv())
-        except msgspec.DecodeError:
+            reply: AnyReply = protocol.decode_reply(self._socket.recv(zmq.NOBLOCK))
+        except (zmq.Again, msgspec.DecodeError):
             return None
         return reply
 

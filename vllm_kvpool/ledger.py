@@ -166,6 +166,7 @@ class StoreLedger:
         self.lose_outstanding("lost")
         self._completions.clear()
         self._writing.clear()
+        self._finished = [grant._replace(refs=None, reason="lost") for grant in self._finished]
 
     def take_finished(self) -> list[StoreGrant]:
         finished, self._finished = self._finished, []

@@ -293,11 +293,19 @@ class MiniEngine:
         return self.outputs[request_id], self.cached_tokens[request_id]
 
     def run(self, timeout_s: float = 20) -> None:
-        """Until there is nothing to do, stores included."""
+        """Until there is nothing to do, and the daemon, if there is one, has made all blocks that
+        were stored visible."""
         give_up = time.monotonic() + timeout_s
         while self.scheduler.has_requests() or self._in_flight:
             assert time.monotonic() < give_up, f"still busy: {self.scheduler.requests}"
             self.step()
+        if self.connector._scheduler is not None:
+            until(self._stores_are_acknowledged, "the end of all stores")
+
+    def _stores_are_acknowledged(self) -> bool:
+        link = self.connector._scheduler._link
+        assert link.poll() == []
+        return not link.connected or not link.client._ledger.writing
 
     # a step -------------------------------------------------------------------------------------------
 
