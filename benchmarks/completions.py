@@ -73,9 +73,10 @@ def _read_stream(response: http.client.HTTPResponse, begun: float) -> Completion
 
 
 def wake(engine: Engine) -> None:
-    """A request of a few tokens. An engine that was idle for seconds may have lost pages of its code to the kernel's
-    proactive reclaim, and would spend up to a second on reading them again: that is not what is to be measured."""
-    complete(engine, [random.randrange(256) for _ in range(20)], max_tokens=2)
+    """A few requests of less than a block. An engine that was idle for seconds may have lost pages of its code to the
+    kernel's proactive reclaim, and would spend up to a second on reading them again: that is not what is measured."""
+    for _ in range(3):
+        complete(engine, [random.randrange(256) for _ in range(100)], max_tokens=4)
 
 
 def reset_prefix_cache(engine: Engine, timeout_s: float = 30) -> None:
