@@ -73,7 +73,7 @@ class Stage:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.daemon = PoolDaemon(
-            folder / "daemon.log", name="demo", size="1GiB", shm_dir=str(folder / "shm")
+            folder / "daemon.log", name="demo", size="4GiB", shm_dir=str(folder / "shm")
         )
         extra = {"pool": "demo", "shm_dir": str(folder / "shm")}
         self.engines = [
