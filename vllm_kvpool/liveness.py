@@ -49,24 +49,22 @@ def _let_group_in(path: Path, fd: int) -> None:
 
 def is_locked(path: Path) -> bool:
     """Whether somebody holds `path` exclusively. Looks by sharing the lock for an instant."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        return not _try_lock(fd, exclusive=False)
-    finally:
-        os.close(fd)
+    return _is_refused(path, exclusive=False)
 
 
 def is_held(path: Path) -> bool:
     """Whether any process holds `path`, shared or not. A missing file is held by nobody."""
+    return _is_refused(path, exclusive=True)
+
+
+def _is_refused(path: Path, *, exclusive: bool) -> bool:
+    """Whether others hold `path` in a way that keeps us from locking it so."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        return not _try_lock(fd, exclusive=True)
+        return not _try_lock(fd, exclusive=exclusive)
     finally:
         os.close(fd)
 

@@ -161,7 +161,7 @@ class LoadPlanner:
         load = self._loads.get(number)
         if load is None:
             return False
-        load.report = report if load.report is None else load.report.merged(report)
+        load.report = report.merged(load.report)
         if load.report.num_workers == self._link.num_workers:
             del self._loads[number]
             self._finish(load, load.report.statuses)

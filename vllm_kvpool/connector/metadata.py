@@ -74,7 +74,10 @@ class JobReport:
     num_workers: int
     statuses: bytes
 
-    def merged(self, other: JobReport) -> JobReport:
+    def merged(self, other: JobReport | None) -> JobReport:
+        """Together with what is known already, if anything is."""
+        if other is None:
+            return self
         worst = bytes(map(max, self.statuses, other.statuses))
         return JobReport(self.num_workers + other.num_workers, worst)
 
@@ -87,6 +90,5 @@ class KVPoolWorkerMetadata(KVConnectorWorkerMetadata):
         assert isinstance(other, KVPoolWorkerMetadata)
         merged = dict(self.reports)
         for number, report in other.reports.items():
-            known = merged.get(number)
-            merged[number] = report if known is None else known.merged(report)
+            merged[number] = report.merged(merged.get(number))
         return KVPoolWorkerMetadata(merged)

@@ -186,7 +186,7 @@ class StorePlanner:
         store = self._copying.get(number)
         if store is None:
             return False
-        store.report = report if store.report is None else store.report.merged(report)
+        store.report = report.merged(store.report)
         if store.report.num_workers == self._link.num_workers:
             del self._copying[number]
             self._finish(store, store.report.statuses)
