@@ -86,7 +86,7 @@ def store_all(client: PoolClient, keys: bytes) -> float:
             open_batches += 1
         for grant in client.poll():
             assert grant.refs is not None, grant.reason
-            client.complete_store(grant.refs)
+            client.complete_store(grant.request_id)
             stored += num_refs(grant.refs)
             open_batches -= 1
     return stored / (time.perf_counter() - begun)

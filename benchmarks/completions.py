@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 from benchmarks.processes import Engine
 
 TIMEOUT_S = 300
+SETTLE_S = 3.2
+"""vLLM's workers spin for three seconds after their last step. On a machine of few cores a request at one engine waits
+for the spinning of another, so that has to end before engines change turns."""
 
 
 class Completion(NamedTuple):

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.completions import Completion, complete, reset_prefix_cache, wake
+from benchmarks.completions import SETTLE_S, Completion, complete, reset_prefix_cache, wake
 from benchmarks.processes import Engine, PoolDaemon
 from benchmarks.report import write_json
 from benchmarks.tiny_model import make_tiny_model
@@ -37,10 +37,8 @@ SEED = 11
 KV_CACHE = ("--num-gpu-blocks-override", "80", "--max-model-len", "8192")
 """10,240 tokens: the warm-up uses all of that memory once. In a larger cache every prompt would lie in pages that the
 process has never touched, and a load would be charged with the kernel making them."""
-ROUNDS = 2
-SETTLE_S = 3.2
-"""vLLM's workers spin for three seconds after their last step. On a machine of few cores a request at one engine waits
-for the spinning of the other, so each timed request waits for that to end."""
+ROUNDS, REPEATS = 2, 2
+"""Turns of the engines for each prompt, and hits of a kind in each turn."""
 ROWS = ("recompute", "VRAM hit", "pool hit, same engine", "pool hit, other engine")
 
 
@@ -103,10 +101,9 @@ def make_prompts(count: int, seed: int = SEED) -> list[list[int]]:
 
 
 def ask_all_ways(stage: Stage, prompt: list[int]) -> Run:
-    """Hits `ROUNDS` times, in turns, so that what else the machine does hits all kinds alike."""
+    """Each kind of hit several times, in turns, so that what else the machine does meets all kinds alike."""
 
     def ask(row: str, engine: Engine) -> None:
-        time.sleep(SETTLE_S)
         wake(engine)
         run[row].append(complete(engine, prompt))
 
@@ -116,11 +113,15 @@ def ask_all_ways(stage: Stage, prompt: list[int]) -> Run:
     ask("recompute", a)
     stage.wait_stored(before + len(prompt) // BLOCK_TOKENS)
     for _ in range(ROUNDS):
-        ask("VRAM hit", a)
-        reset_prefix_cache(a)
-        ask("pool hit, same engine", a)
-        reset_prefix_cache(b)
-        ask("pool hit, other engine", b)
+        for _ in range(REPEATS):
+            ask("VRAM hit", a)
+            reset_prefix_cache(a)
+            ask("pool hit, same engine", a)
+        time.sleep(SETTLE_S)
+        for _ in range(REPEATS):
+            reset_prefix_cache(b)
+            ask("pool hit, other engine", b)
+        time.sleep(SETTLE_S)
     return run
 
 

@@ -170,6 +170,9 @@ class Engine(ChildProcess):
         quiet = {
             "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the default binds all engines to the same cores
+            # Half of the cores: each process of an engine that waits for another spins, and a forward whose
+            # threads have to share cores with spinners takes once or twice its time, at random.
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2)),
             "VLLM_SERVER_DEV_MODE": "1",  # /reset_prefix_cache
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",

@@ -1,8 +1,9 @@
 """KVPoolConnector with a stopwatch on every scheduler-side hook: an engine of bench_connector.py loads it.
 
 The times go to the file that KVPOOL_HOOK_TIMES names, a JSON object a line: {hook: [[wall, processor], ...]} in
-microseconds. Where engine and benchmark share few cores, wall time is mostly that of others; processor time is the
-hook's own.
+microseconds. The scheduler gets the core that KVPOOL_HOOK_CORE names, as it has one on a host with enough of them; it
+is up to the benchmark to keep other processes away from there. The engine's other Python threads share it, as they
+share the interpreter: wall time has in it what they do when a system call of ours lets them, processor time does not.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm_kvpool.connector import KVPoolConnector
@@ -41,10 +43,19 @@ class _Times:
             with open(self._path, "a") as file:
                 file.write(json.dumps(self._times) + "\n")
             self._times.clear()
+            _arrange_threads(int(os.environ["KVPOOL_HOOK_CORE"]))
             self._written = time.monotonic()
 
 
 _times = _Times(os.environ.get("KVPOOL_HOOK_TIMES", os.devnull))
+
+
+def _arrange_threads(core: int) -> None:
+    """Python's to `core`, ZeroMQ's to the others. Again and again, for new ones."""
+    others = set(range(os.cpu_count() or 1)) - {core} or {core}
+    for thread in Path("/proc/self/task").iterdir():
+        is_zmq = (thread / "comm").read_text().startswith("ZMQbg")
+        os.sched_setaffinity(int(thread.name), others if is_zmq else {core})
 
 
 def _timed(hook: str) -> Callable[..., Any]:

@@ -24,23 +24,23 @@ from helpers import check_bytes, connect, keys_of, prepare, store, write_blocks
 
 from vllm_kvpool.ledger import StoreGrant
 from vllm_kvpool.paths import PoolPaths
-from vllm_kvpool.types import BlockKeys, SlotRefs, num_refs, pack_refs, unpack_refs
+from vllm_kvpool.types import BlockKeys, SlotRefs, num_refs, pack_refs, unpack_refs, without_none
 
 
 class FakeEngine:
     def __init__(self, folder: Path, namespace: str) -> None:
         self.client = connect(PoolPaths(folder), namespace)
-        self.granted = SlotRefs(b"")
+        self.granted = StoreGrant(0, SlotRefs(b""))
         self.leased = SlotRefs(b"")
 
     def prepare(self, seed: str, count: int) -> int:
         keys = keys_of(seed, count)
-        self.granted = write_blocks(self.client, keys, prepare(self.client, keys).refs or b"")
-        return num_refs(self.granted)
+        self.granted = prepare(self.client, keys)
+        return num_refs(write_blocks(self.client, keys, self.granted.refs or b""))
 
     def complete(self, _seed: str, _count: int) -> int:
-        self.client.complete_store(self.granted)
-        return num_refs(self.granted)
+        self.client.complete_store(self.granted.request_id)
+        return num_refs(without_none(self.granted.refs or b""))
 
     def store(self, seed: str, count: int) -> int:
         return num_refs(store(self.client, keys_of(seed, count)))
@@ -103,7 +103,7 @@ class FakeEngine:
         granted = unpack_refs(write_blocks(self.client, keys, grant.refs))
         cut = draw.randint(0, len(granted)) if draw.random() < 0.1 else len(granted)
         done["stored"] += cut
-        self.client.complete_store(pack_refs(granted[:cut]), aborted=pack_refs(granted[cut:]))
+        self.client.complete_store(grant.request_id, aborted=pack_refs(granted[cut:]))
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ RECONNECT_MS = 100
 RECONNECT_MAX_MS = 1_000
 QUEUE_MESSAGES = 512
 """Messages that wait in ZeroMQ for a daemon that is slow or stopped; more are refused."""
+NOBLOCK, POLLIN = int(zmq.NOBLOCK), int(zmq.POLLIN)
+"""As plain numbers: arithmetic of enumerations costs as much as the calls that they go into."""
 
 
 class Channel:
@@ -45,7 +47,7 @@ class Channel:
         if wait_ms and not self._socket.poll(wait_ms, zmq.POLLOUT):
             return False
         try:
-            self._socket.send(protocol.encode(request), zmq.NOBLOCK)
+            self._socket.send(protocol.encode(request), NOBLOCK)
         except zmq.Again:
             return False
         return True
@@ -54,8 +56,12 @@ class Channel:
         """The next reply; None: there is none, or it is not one that this version knows."""
         if wait_ms and not self._socket.poll(wait_ms, zmq.POLLIN):
             return None
+        # Unlike recv, a look does not release the GIL. In the scheduler's thread that would invite every other thread
+        # of the engine to take its turn here, in each step.
+        if not int(self._socket.get(zmq.EVENTS)) & POLLIN:
+            return None
         try:
-            reply: AnyReply = protocol.decode_reply(self._socket.recv(zmq.NOBLOCK))
+            reply: AnyReply = protocol.decode_reply(self._socket.recv(NOBLOCK))
         except (zmq.Again, msgspec.DecodeError):
             return None
         return reply

@@ -164,13 +164,13 @@ class PoolClient:
             return "store_busy"
         return None
 
-    def complete_store(self, refs: SlotRefs, aborted: SlotRefs = NO_REFS) -> None:
-        """Every granted reference ends here once: the bytes are there (`refs`), or they are not
-        (`aborted`)."""
-        request = CompleteStore(id=next(self._ids), refs=refs, aborted=aborted)
-        kept = self._ledger.completing(request)
-        if kept is not None and self.connected:
-            self._send_completion(kept)
+    def complete_store(self, grant_id: int, aborted: SlotRefs = NO_REFS) -> bool:
+        """Every grant ends here once: the bytes of all its slots are there, but for `aborted`. False: its slots have
+        gone away with their pool."""
+        request = self._ledger.completing(next(self._ids), grant_id, aborted)
+        if request is not None and self.connected:
+            self._send_completion(request)
+        return request is not None
 
     def touch(self, refs: SlotRefs) -> None:
         """A chain (head first) was used."""
@@ -187,12 +187,9 @@ class PoolClient:
     def poll(self) -> list[StoreGrant]:
         """Take what has arrived, notice what is overdue, connect if need be. Call it at every
         step."""
-        for _ in range(MAX_REPLIES):
-            reply = self._channel.receive()
-            if reply is None:
-                break
-            self._take(reply)
         now = now_ms()
+        if self._expects_reply or now >= self._next_try_ms:
+            self._receive()
         if self._welcome is not None and self._is_replaced(self._welcome):
             self._leave("lost")
         elif self._ledger.overdue(now):
@@ -201,6 +198,18 @@ class PoolClient:
             self._next_try_ms = now + RETRY_MS
             self._look_around()
         return self._ledger.take_finished()
+
+    @property
+    def _expects_reply(self) -> bool:
+        """A look at the socket costs more than all else in an idle step."""
+        return self._welcome is None or self._ledger.outstanding
+
+    def _receive(self) -> None:
+        for _ in range(MAX_REPLIES):
+            reply = self._channel.receive()
+            if reply is None:
+                break
+            self._take(reply)
 
     def _take(self, reply: AnyReply) -> None:
         match reply:
@@ -254,20 +263,21 @@ class PoolClient:
 
     def _look_around(self) -> None:
         """Once a second: find the pool or the daemon, or notice that one of them is another now."""
-        if not self._may_use_folder():
-            return
-        if self.view is None:
-            self.view = self._open()
         if self._welcome is not None and self._has_new_lock():
             self._leave("lost")
         if self._welcome is None:
-            self._say_hello()
+            self._knock()
         elif self._draining:
             self._adopt(self._welcome)
 
+    def _knock(self) -> None:
+        if self._may_use_folder():
+            self.view = self.view or self._open()
+            self._say_hello()
+
     def _may_use_folder(self) -> bool:
-        """Looked at again before every Hello: a folder that was deleted may come back as somebody
-        else's."""
+        """Looked at again before anything there is opened: a folder that was deleted may come back as
+        somebody else's."""
         try:
             check_folder(self.pool_path.parent)
         except PoolUnavailable as error:
@@ -277,7 +287,9 @@ class PoolClient:
 
     def _has_new_lock(self) -> bool:
         """Whether our lock file was deleted and could be made anew: the daemon has to be told."""
-        return self._namespace is not None and not self._lock.held and self._lock.hold()
+        if self._namespace is None or self._lock.held:
+            return False
+        return self._may_use_folder() and self._lock.hold()
 
     def _is_replaced(self, welcome: Welcome) -> bool:
         """Whether another daemon has taken the pool over; a look into shared memory."""
@@ -344,7 +356,7 @@ class PoolClient:
         if self.view is not None:
             self._ledger.forget()
             self.view, self._bitmap = None, NO_CLIENT
-        self.view = self._open()
+        self.view = self._open() if self._may_use_folder() else None
         if self.view is not None and self.view.pool_id == welcome.pool_id:
             return True
         self._say_once(f"{self.pool_path} is not what its daemon serves: restart the daemon")

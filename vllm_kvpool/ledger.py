@@ -1,9 +1,9 @@
 """Book-keeping of a client's stores, from the request for slots to the acknowledged completion.
 Pure: no I/O, no clock.
 
-    PrepareStore   ->  a prepare, until it is answered, refused, timed out or lost: one StoreGrant
-    each Prepared       ->  its slot references are `writing`: the daemon keeps them for us
-    CompleteStore  ->  a completion, its references still `writing`
+    PrepareStore   ->  a prepare, until it is answered, refused, timed out or lost: one StoreGrant each
+    Prepared       ->  a grant of slots, which are `writing` now: the daemon keeps them for us
+    CompleteStore  ->  a completion of the whole grant, its slots still `writing`
     Completed      ->  done
 
 `writing` is what Hello.writing lists: the daemon frees every other WRITING slot of this client, so
@@ -13,11 +13,21 @@ never zero times.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_kvpool.errors import ProtocolError
 from vllm_kvpool.protocol import CompleteStore, Prepared, PrepareStore
-from vllm_kvpool.types import NO_REF, REF_BYTES, SlotRefs, num_keys, pack_refs, unpack_refs
+from vllm_kvpool.types import (
+    NO_REF,
+    REF_BYTES,
+    SlotRefs,
+    num_keys,
+    num_refs,
+    pack_refs,
+    unpack_refs,
+    without_none,
+)
 
 MAX_PREPARES = 64
 """Requests for slots that may wait for an answer; a client that reaches it skips stores until the
@@ -44,9 +54,10 @@ class _Prepare(NamedTuple):
     due_ms: int
 
 
-class _Completion(NamedTuple):
+@dataclass(slots=True)
+class _Completion:
     request: CompleteStore
-    due_ms: int | None
+    due_ms: int | None = None
     """None: not sent over the present connection."""
     refusals: int = 0
 
@@ -54,15 +65,17 @@ class _Completion(NamedTuple):
 class StoreLedger:
     def __init__(self) -> None:
         self._prepares: dict[int, _Prepare] = {}
+        self._granted: dict[int, SlotRefs] = {}
+        """By the number of the PrepareStore."""
         self._completions: dict[int, _Completion] = {}
-        self._writing: set[int] = set()
         self._asked_blocks = 0
+        self._writing_blocks = 0
         self._finished: list[StoreGrant] = []
 
     # prepares -------------------------------------------------------------------------------------
 
     def has_room(self, num_blocks: int) -> bool:
-        blocks = len(self._writing) + self._asked_blocks + num_blocks
+        blocks = self._writing_blocks + self._asked_blocks + num_blocks
         return len(self._prepares) < MAX_PREPARES and blocks <= MAX_WRITING
 
     def asked(self, request: PrepareStore, due_ms: int) -> None:
@@ -73,10 +86,12 @@ class StoreLedger:
         """Note the answer. Returns slots to give back: those of a request that was given up
         meanwhile. ProtocolError: it is no answer to what was asked; nothing was noted."""
         self._check(reply)
+        refs = without_none(reply.refs)
         if not self._answered(reply.id):
-            return pack_refs(ref for ref in unpack_refs(reply.refs) if ref != NO_REF)
-        self._writing.update(unpack_refs(reply.refs))
-        self._writing.discard(NO_REF)
+            return refs
+        if refs:
+            self._granted[reply.id] = refs
+            self._writing_blocks += num_refs(refs)
         self._finished.append(StoreGrant(reply.id, SlotRefs(reply.refs)))
         return SlotRefs(b"")
 
@@ -95,30 +110,28 @@ class StoreLedger:
 
     # completions ----------------------------------------------------------------------------------
 
-    def completing(self, request: CompleteStore) -> CompleteStore | None:
-        """Keep `request` until it is acknowledged, without references that are not ours (any
-        more)."""
-        refs, aborted = self._ours(request.refs), self._ours(request.aborted)
-        if not refs and not aborted:
+    def completing(self, request_id: int, grant_id: int, aborted: SlotRefs) -> CompleteStore | None:
+        """The message that ends a grant, kept until it is acknowledged. None: its pool is gone, or there
+        was nothing in it."""
+        refs = self._granted.pop(grant_id, None)
+        if refs is None:
             return None
-        request = CompleteStore(id=request.id, refs=refs, aborted=aborted)
-        self._completions[request.id] = _Completion(request, None)
+        if aborted:
+            dropped = set(unpack_refs(aborted))
+            stored = pack_refs(ref for ref in unpack_refs(refs) if ref not in dropped)
+            assert num_refs(stored) + len(dropped) == num_refs(refs), "aborted what was not granted"
+            refs = stored
+        request = CompleteStore(id=request_id, refs=refs, aborted=aborted)
+        self._completions[request.id] = _Completion(request)
         return request
 
-    def _ours(self, refs: bytes) -> SlotRefs:
-        named = unpack_refs(refs)
-        if self._writing.issuperset(named):  # the rule, at the speed of C
-            return SlotRefs(refs)
-        return pack_refs(ref for ref in named if ref in self._writing)
-
     def sent(self, request: CompleteStore, due_ms: int) -> None:
-        self._completions[request.id] = self._completions[request.id]._replace(due_ms=due_ms)
+        self._completions[request.id].due_ms = due_ms
 
     def completed(self, request_id: int) -> None:
         completion = self._completions.pop(request_id, None)
         if completion is not None:
-            request = completion.request
-            self._writing.difference_update(unpack_refs(request.refs + request.aborted))
+            self._writing_blocks -= num_refs(_named(completion.request))
 
     @property
     def unsent(self) -> list[CompleteStore]:
@@ -135,11 +148,15 @@ class StoreLedger:
         completion = self._completions.get(request_id)
         if completion is None:
             return False
-        again = completion._replace(refusals=completion.refusals + 1)
-        self._completions[request_id] = again
-        if code == "malformed" or again.refusals >= MAX_REFUSALS:
+        completion.refusals += 1
+        if code == "malformed" or completion.refusals >= MAX_REFUSALS:
             self.completed(request_id)
         return True
+
+    @property
+    def outstanding(self) -> bool:
+        """Whether the daemon owes an answer, or will when a completion has been sent again."""
+        return bool(self._prepares or self._completions)
 
     def overdue(self, now_ms: int) -> bool:
         """Whether the daemon owes an answer. Answers come in order, so the oldest of each kind
@@ -157,15 +174,16 @@ class StoreLedger:
         self._finished.extend(StoreGrant(request_id, None, reason) for request_id in lost)
         self._prepares.clear()
         self._asked_blocks = 0
-        for request_id, completion in self._completions.items():
-            self._completions[request_id] = completion._replace(due_ms=None)
+        for completion in self._completions.values():
+            completion.due_ms = None
         return len(lost)
 
     def forget(self) -> None:
         """The pool is another one now: references to the old one mean nothing there."""
         self.lose_outstanding("lost")
         self._completions.clear()
-        self._writing.clear()
+        self._granted.clear()
+        self._writing_blocks = 0
         self._finished = [grant._replace(refs=None, reason="lost") for grant in self._finished]
 
     def take_finished(self) -> list[StoreGrant]:
@@ -174,12 +192,16 @@ class StoreLedger:
 
     @property
     def writing(self) -> SlotRefs:
-        return pack_refs(self._writing)
+        completing = [_named(completion.request) for completion in self._completions.values()]
+        return SlotRefs(b"".join([*self._granted.values(), *completing]))
 
     def check_integrity(self) -> None:
-        for completion in self._completions.values():
-            request = completion.request
-            assert self._writing.issuperset(unpack_refs(request.refs + request.aborted))
+        writing = unpack_refs(self.writing)
+        assert len(writing) == len(set(writing)) == self._writing_blocks
+        assert NO_REF not in writing
         asked = [prepare.request for prepare in self._prepares.values()]
         assert self._asked_blocks == sum(num_keys(request.keys) for request in asked)
-        assert NO_REF not in self._writing
+
+
+def _named(request: CompleteStore) -> bytes:
+    return request.refs + request.aborted

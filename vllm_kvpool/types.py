@@ -33,6 +33,14 @@ def unpack_refs(refs: bytes) -> array[int]:
     return values
 
 
+def without_none(refs: bytes) -> SlotRefs:
+    """Those of `refs` that are not `NO_REF`."""
+    values = unpack_refs(refs)
+    if NO_REF not in values:  # the rule, at the speed of C
+        return SlotRefs(refs)
+    return pack_refs(ref for ref in values if ref != NO_REF)
+
+
 def num_keys(keys: bytes) -> int:
     return len(keys) // KEY_BYTES
 

@@ -11,6 +11,9 @@
 
 #include "kvpool/checksum.h"
 
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
@@ -98,7 +101,11 @@ PoolFile PoolFile::create(const std::string& path, const Geometry& geometry, uns
 PoolFile PoolFile::open(const std::string& path) {
     Descriptor fd(path, O_RDWR | O_CLOEXEC);
     Geometry geometry = read_geometry(fd.get(), path);
-    return PoolFile(path, geometry, map(fd.get(), geometry.end, path));
+    PoolFile file(path, geometry, map(fd.get(), geometry.end, path));
+    // All before the slots exists: take it into our page table now, not page by page in the first lookups. An older
+    // kernel cannot, and costs them some hundred microseconds.
+    madvise(file.base_, geometry.slots_at, MADV_POPULATE_READ);
+    return file;
 }
 
 PoolFile::PoolFile(PoolFile&& other) noexcept

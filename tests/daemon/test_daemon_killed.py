@@ -67,9 +67,10 @@ def test_lease_survives_the_restart(daemon: Daemon, client: PoolClient) -> None:
 
 def test_store_in_flight_is_completed_after_the_restart(daemon: Daemon, client: PoolClient) -> None:
     keys = keys_of("chain", 4)
-    granted = write_blocks(client, keys, prepare(client, keys).refs)
+    grant = prepare(client, keys)
+    write_blocks(client, keys, grant.refs)
     daemon.kill()
-    client.complete_store(granted)
+    client.complete_store(grant.request_id)
     daemon.start()
     until(lambda: (client.poll(), num_refs(client.match_prefix(keys)) == 4)[1])
     until(lambda: (client.poll(), daemon.counter("writing") == 0)[1])

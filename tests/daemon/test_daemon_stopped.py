@@ -88,9 +88,10 @@ def test_grant_given_before_the_pause_but_read_after_the_deadline(
 
 def test_store_in_flight_is_completed_afterwards(daemon: Daemon, hasty: PoolClient) -> None:
     keys = keys_of("chain", 4)
-    granted = write_blocks(hasty, keys, prepare(hasty, keys).refs)
+    grant = prepare(hasty, keys)
+    granted = write_blocks(hasty, keys, grant.refs)
     daemon.pause()
-    hasty.complete_store(SlotRefs(granted[:16]), aborted=SlotRefs(granted[16:]))
+    hasty.complete_store(grant.request_id, aborted=SlotRefs(granted[16:]))
     until(lambda: (hasty.poll(), not hasty.connected)[1])
     daemon.resume()
     until(lambda: (hasty.poll(), num_refs(hasty.match_prefix(keys)) == 2)[1])

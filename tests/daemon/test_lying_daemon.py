@@ -14,6 +14,7 @@ from vllm_kvpool import protocol
 from vllm_kvpool._native import MAX_CLIENTS, PoolOwner
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.config import pool_dir
+from vllm_kvpool.ledger import StoreGrant
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.protocol import (
     AnyReply,
@@ -73,7 +74,7 @@ class LyingDaemon:
     def connect(self) -> None:
         until(lambda: (self.turn(), self.client.connected)[1], "connection")
 
-    def grant(self, refs: bytes, blocks: int) -> list[object]:
+    def grant(self, refs: bytes, blocks: int) -> list[StoreGrant]:
         """Ask for `blocks` slots and be answered `refs`."""
         self.answer = lambda request: (
             Prepared(id=request.id, refs=refs) if isinstance(request, PrepareStore) else None
@@ -113,7 +114,7 @@ def test_grant_that_does_not_fit_the_keys(
 ) -> None:
     liar.connect()
     (end,) = liar.grant(refs, 2)
-    assert (end.refs, end.reason) == (None, "lost")  # type: ignore[attr-defined]
+    assert (end.refs, end.reason) == (None, "lost")
     assert not liar.client.connected
     assert liar.client.prepare_store(keys_of("chain", 1)) is None
     assert caplog.text.count("makes no sense") == 1
@@ -122,9 +123,9 @@ def test_grant_that_does_not_fit_the_keys(
 def test_refused_completion_is_said_again_after_a_hello(liar: LyingDaemon) -> None:
     liar.connect()
     ref = pack_refs([1 << 32 | 7])
-    liar.grant(ref, 1)
+    (grant,) = liar.grant(ref, 1)
     liar.answer = lambda request: Error(id=request.id, code="internal", message="a bug")
-    liar.client.complete_store(ref)
+    liar.client.complete_store(grant.request_id)
     until(lambda: (liar.turn(), not liar.client.connected)[1], "the refusal")
     liar.answer = lambda request: Completed(id=request.id, ready=1)
     until(lambda: (liar.turn(), liar.client._ledger.writing == b"")[1], "the second time")

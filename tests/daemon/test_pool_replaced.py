@@ -15,7 +15,6 @@ from helpers import (
     store,
     until,
     wait_connected,
-    write_blocks,
 )
 
 from vllm_kvpool.client import PoolClient
@@ -70,11 +69,11 @@ def test_held_leases_are_drained_first(daemon: Daemon, client: PoolClient) -> No
 def test_store_in_flight_never_reaches_the_new_pool(daemon: Daemon, client: PoolClient) -> None:
     """The same reference may name a slot there as well."""
     keys = keys_of("chain", 4)
-    granted = write_blocks(client, keys, prepare(client, keys).refs)
+    grant = prepare(client, keys)
     replace_pool(daemon)
     use(client)
     wait_for_pool(client, daemon)
-    client.complete_store(granted)
+    assert not client.complete_store(grant.request_id)
     client.poll()
     assert daemon.counter("stored") == 0
     assert client.match_prefix(keys) == b""

@@ -6,8 +6,10 @@ import random
 from typing import Any
 
 import pytest
-from helpers import Daemon, keys_of
+from helpers import Daemon, keys_of, prepare
 from raw_client import CLIENT_ID, DIGEST, RawClient
+
+from vllm_kvpool.client import PoolClient
 
 
 def test_hello(daemon: Daemon, raw: RawClient) -> None:
@@ -60,6 +62,16 @@ def test_references_out_of_the_blue(daemon: Daemon, raw: RawClient) -> None:
         assert raw.call(type="complete_store", id=5, refs=refs, aborted=refs).get("ready", 0) == 0
         raw.hello(writing=refs)
     assert daemon.counter("ready") == 3
+
+
+def test_what_another_client_stores_is_not_ours_to_complete(
+    daemon: Daemon, raw: RawClient, client: PoolClient
+) -> None:
+    raw.hello()
+    grant = prepare(client, keys_of("chain", 2))
+    assert raw.call(type="complete_store", id=2, refs=grant.refs).get("ready", 0) == 0
+    assert raw.call(type="complete_store", id=3, refs=b"", aborted=grant.refs)["ready"] == 0
+    assert daemon.counter("writing") == 2
 
 
 def test_unknown_fields_are_ignored(raw: RawClient) -> None:

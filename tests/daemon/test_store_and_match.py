@@ -25,15 +25,15 @@ def test_block_is_invisible_until_complete(client: PoolClient) -> None:
     keys = keys_of("chain", 4)
     grant = prepare(client, keys)
     assert client.match_prefix(keys) == b""
-    client.complete_store(write_blocks(client, keys, grant.refs))
+    write_blocks(client, keys, grant.refs)
+    assert client.complete_store(grant.request_id)
     until(lambda: num_refs(client.match_prefix(keys)) == 4)
 
 
 def test_aborted_block_is_never_visible(daemon: Daemon, client: PoolClient) -> None:
     keys = keys_of("chain", 4)
     grant = prepare(client, keys)
-    refs = grant.refs
-    client.complete_store(SlotRefs(refs[:16]), aborted=SlotRefs(refs[16:]))
+    client.complete_store(grant.request_id, aborted=SlotRefs(grant.refs[16:]))
     until(lambda: num_refs(client.match_prefix(keys)) == 2)
     assert daemon.counter("writing") == 0
 
@@ -43,7 +43,7 @@ def test_present_blocks_get_no_slot(client: PoolClient) -> None:
     grant = prepare(client, keys_of("chain", 6))
     refs = unpack_refs(grant.refs)
     assert [ref == 0 for ref in refs] == [True] * 4 + [False] * 2
-    client.complete_store(SlotRefs(b""), aborted=SlotRefs(grant.refs[32:]))
+    client.complete_store(grant.request_id, aborted=SlotRefs(grant.refs[32:]))
 
 
 def test_dropped_block_is_a_miss(client: PoolClient) -> None:
@@ -51,15 +51,3 @@ def test_dropped_block_is_a_miss(client: PoolClient) -> None:
     refs = store(client, keys)
     client.drop(SlotRefs(refs[8:16]))
     until(lambda: num_refs(client.match_prefix(keys)) == 1)
-
-
-def test_completing_what_is_not_ours_changes_nothing(
-    daemon: Daemon, make_client: Callable[..., PoolClient]
-) -> None:
-    one, other = make_client(), make_client()
-    keys = keys_of("chain", 2)
-    grant = prepare(one, keys)
-    other.complete_store(grant.refs)
-    other.poll()
-    assert one.match_prefix(keys) == b""
-    assert daemon.counter("writing") == 2

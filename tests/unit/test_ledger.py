@@ -7,7 +7,9 @@ import pytest
 from vllm_kvpool.errors import ProtocolError
 from vllm_kvpool.ledger import MAX_PREPARES, MAX_REFUSALS, MAX_WRITING, StoreGrant, StoreLedger
 from vllm_kvpool.protocol import CompleteStore, Prepared, PrepareStore
-from vllm_kvpool.types import pack_refs
+from vllm_kvpool.types import SlotRefs, pack_refs
+
+NO_REFS = SlotRefs(b"")
 
 
 @pytest.fixture
@@ -33,9 +35,11 @@ def test_a_store_from_request_to_acknowledgement(ledger: StoreLedger) -> None:
     assert ledger.take_finished() == []
     assert sorted(ledger.writing) == sorted(pack_refs([7, 8]))
 
-    kept = ledger.completing(CompleteStore(id=2, refs=pack_refs([7]), aborted=pack_refs([8])))
-    assert kept is not None
+    kept = ledger.completing(2, 1, pack_refs([8]))
+    assert kept == CompleteStore(id=2, refs=pack_refs([7]), aborted=pack_refs([8]))
     assert ledger.unsent == [kept]
+    assert sorted(ledger.writing) == sorted(pack_refs([7, 8]))
+    ledger.check_integrity()
     ledger.sent(kept, due_ms=200)
     assert ledger.unsent == []
     ledger.completed(2)
@@ -61,7 +65,7 @@ def test_late_grant_is_given_back(ledger: StoreLedger) -> None:
 def test_completion_is_sent_again_after_a_loss(ledger: StoreLedger) -> None:
     ask(ledger, 1, blocks=1)
     grant(ledger, 1, 7)
-    kept = ledger.completing(CompleteStore(id=2, refs=pack_refs([7])))
+    kept = ledger.completing(2, 1, NO_REFS)
     assert kept is not None
     ledger.sent(kept, due_ms=200)
     ledger.lose_outstanding("lost")
@@ -69,13 +73,13 @@ def test_completion_is_sent_again_after_a_loss(ledger: StoreLedger) -> None:
     assert ledger.writing == pack_refs([7])
 
 
-def test_references_of_others_are_not_completed(ledger: StoreLedger) -> None:
-    assert ledger.completing(CompleteStore(id=1, refs=pack_refs([5]))) is None
-    ask(ledger, 2, blocks=1)
-    grant(ledger, 2, 7)
-    kept = ledger.completing(CompleteStore(id=3, refs=pack_refs([5, 7])))
-    assert kept is not None
-    assert kept.refs == pack_refs([7])
+def test_a_grant_ends_once(ledger: StoreLedger) -> None:
+    assert ledger.completing(5, 1, NO_REFS) is None
+    ask(ledger, 1, blocks=1)
+    grant(ledger, 1, 7)
+    assert ledger.completing(5, 1, NO_REFS) is not None
+    assert ledger.completing(6, 1, NO_REFS) is None
+    ledger.check_integrity()
 
 
 def test_overdue(ledger: StoreLedger) -> None:
@@ -86,7 +90,7 @@ def test_overdue(ledger: StoreLedger) -> None:
     assert ledger.overdue(100)
     grant(ledger, 1, 7, 8)
     assert not ledger.overdue(149)
-    kept = ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))
+    kept = ledger.completing(3, 1, NO_REFS)
     assert kept is not None
     assert not ledger.overdue(149)  # not sent yet: nobody owes an answer
     ledger.sent(kept, due_ms=120)
@@ -99,7 +103,7 @@ def test_refusals(ledger: StoreLedger) -> None:
     assert ledger.take_finished() == [StoreGrant(1, None, "deadline")]
     ask(ledger, 2, blocks=1)
     grant(ledger, 2, 7)
-    ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))
+    ledger.completing(3, 2, NO_REFS)
     assert ledger.refused(3, "malformed")  # the daemon still has the slot: say hello
     assert ledger.writing == b""
     assert ledger.unsent == []
@@ -109,7 +113,7 @@ def test_refusals(ledger: StoreLedger) -> None:
 def test_refused_completion_is_sent_again_but_not_for_ever(ledger: StoreLedger) -> None:
     ask(ledger, 1, blocks=1)
     grant(ledger, 1, 7)
-    kept = ledger.completing(CompleteStore(id=2, refs=pack_refs([7])))
+    kept = ledger.completing(2, 1, NO_REFS)
     assert kept is not None
     for refusal in range(MAX_REFUSALS):
         assert ledger.unsent == [kept], refusal
@@ -141,7 +145,7 @@ def test_another_pool_forgets_all(ledger: StoreLedger) -> None:
     ask(ledger, 1, blocks=1)
     ask(ledger, 2)
     grant(ledger, 1, 7)
-    ledger.completing(CompleteStore(id=3, refs=pack_refs([7])))
+    ledger.completing(3, 1, NO_REFS)
     ledger.forget()
     assert ledger.writing == b""
     assert ledger.unsent == []

@@ -101,9 +101,10 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         return self._scheduler.plan_step(scheduler_output)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        metadata = connector_output.kv_connector_worker_meta
-        if self._scheduler is not None and isinstance(metadata, KVPoolWorkerMetadata):
-            self._scheduler.take_reports(metadata)
+        if self._scheduler is not None:
+            metadata = connector_output.kv_connector_worker_meta
+            reports = metadata.reports if isinstance(metadata, KVPoolWorkerMetadata) else {}
+            self._scheduler.end_step(reports)
 
     def request_finished(
         self, request: Any, block_ids: list[int]

@@ -16,7 +16,7 @@ from vllm_kvpool.connector import compat
 from vllm_kvpool.connector.hints import parse_hints
 from vllm_kvpool.connector.link import PoolLink
 from vllm_kvpool.connector.loads import LoadPlanner
-from vllm_kvpool.connector.metadata import KVPoolMetadata, KVPoolWorkerMetadata, WorkerLayout
+from vllm_kvpool.connector.metadata import JobReport, KVPoolMetadata, WorkerLayout
 from vllm_kvpool.connector.records import RequestRecord
 from vllm_kvpool.connector.stats import KVPoolStats
 from vllm_kvpool.connector.stores import StorePlanner
@@ -33,6 +33,8 @@ class SchedulerSide:
         self._loads = LoadPlanner(self._link, config, self._stats, numbers, lookahead)
         self._stores = StorePlanner(self._link, config, self._stats, numbers)
         self._records: dict[str, RequestRecord] = {}
+        self._polled = False
+        """Whether messages were taken since the last step was planned."""
         self._lora_is_hashed = compat.lora_path_is_hashed()
 
     def set_layouts(self, layouts: Mapping[tuple[int, int], WorkerLayout]) -> None:
@@ -80,7 +82,9 @@ class SchedulerSide:
     # a step ---------------------------------------------------------------------------------------
 
     def plan_step(self, output: Any) -> KVPoolMetadata:
-        self._stores.take_grants(self._link.poll())
+        if not self._polled:  # vLLM passes over end_step where the workers had nothing to say
+            self._poll()
+        self._polled = False
         connected = self._link.connected
         for request_id, block_ids, replace, num_computed in compat.scheduled_requests(output):
             record = self._records[request_id]
@@ -94,10 +98,17 @@ class SchedulerSide:
         attachment = self._link.attachment() if loads or stores else None
         return KVPoolMetadata(attachment, loads, stores)
 
-    def take_reports(self, metadata: KVPoolWorkerMetadata) -> None:
-        for number, report in metadata.reports.items():
+    def end_step(self, reports: Mapping[int, JobReport]) -> None:
+        """All that comes in, the daemon's answers too: the other threads of the engine are at rest now. When the next
+        step is planned they wait for their turn, and would take it at our first system call."""
+        for number, report in reports.items():
             known = self._loads.report(number, report) or self._stores.report(number, report)
             assert known, f"a worker reports job {number}, which is not in flight"
+        self._poll()
+        self._polled = True
+
+    def _poll(self) -> None:
+        self._stores.take_grants(self._link.poll())
 
     @property
     def stores_in_flight(self) -> bool:

@@ -33,6 +33,7 @@ from vllm_kvpool.types import (
     num_refs,
     pack_refs,
     unpack_refs,
+    without_none,
 )
 
 NO_REFS = SlotRefs(b"")
@@ -50,9 +51,9 @@ class _Store:
     start: int
     """The block of the request that `block_ids` begin with."""
     block_ids: Sequence[int]
+    grant_id: int
     refs: SlotRefs = NO_REFS
-    pool_id: str = ""
-    """Of the pool that `refs` are slots of."""
+    """Granted."""
     report: JobReport | None = None
 
 
@@ -127,7 +128,7 @@ class StorePlanner:
         if number is None:
             self._refused = True  # until the next step, which offers the same blocks again
             return
-        store = _Store(record, record.cursor, record.block_ids[record.cursor : end])
+        store = _Store(record, record.cursor, record.block_ids[record.cursor : end], number)
         self._asked[number] = store
         self._pin(store.block_ids)
         record.cursor = end
@@ -153,23 +154,23 @@ class StorePlanner:
         record.store_after_s = time.monotonic() + RETRY_S
 
     def _plan(self, store: _Store, refs: SlotRefs) -> None:
-        values = unpack_refs(refs)
-        assert len(values) == len(store.block_ids)
-        if NO_REF in values:
-            pairs = list(zip(values, store.block_ids, strict=True))
-            self._give_up([block for ref, block in pairs if ref == NO_REF], "not_granted")
-            if values[-1] == NO_REF:  # no room for the rest, or another engine is storing it
-                self._rewind(store, 1 + max((i for i, ref in enumerate(values) if ref), default=-1))
-            store.block_ids = [block for ref, block in pairs if ref != NO_REF]
-            refs = pack_refs(ref for ref in values if ref != NO_REF)
-        if not refs:
+        assert num_refs(refs) == len(store.block_ids)
+        granted = without_none(refs)
+        if len(granted) < len(refs):
+            self._drop_not_granted(store, unpack_refs(refs))
+        if not granted:
             return
-        attachment = self._link.attachment()
-        assert attachment is not None, "slots were granted in a pool that is not mapped"
-        store.refs, store.pool_id = refs, attachment.pool_id
+        store.refs = granted
         number = next(self._numbers)
         self._copying[number] = store
-        self._planned.append(CopyJob(number, refs, array("I", store.block_ids).tobytes()))
+        self._planned.append(CopyJob(number, granted, array("I", store.block_ids).tobytes()))
+
+    def _drop_not_granted(self, store: _Store, refs: Sequence[int]) -> None:
+        pairs = list(zip(refs, store.block_ids, strict=True))
+        self._give_up([block for ref, block in pairs if ref == NO_REF], "not_granted")
+        if refs[-1] == NO_REF:  # no room for the rest, or another engine is storing it
+            self._rewind(store, 1 + max((i for i, ref in enumerate(refs) if ref), default=-1))
+        store.block_ids = [block for ref, block in pairs if ref != NO_REF]
 
     def _give_up(self, block_ids: Sequence[int], reason: str) -> None:
         self._unpin(block_ids)
@@ -194,18 +195,13 @@ class StorePlanner:
 
     def _finish(self, store: _Store, statuses: bytes) -> None:
         self._unpin(store.block_ids)
-        view = self._client.view
-        if view is None or view.pool_id != store.pool_id:
-            return  # these slots went away with their pool: their numbers may mean others now
-        good = store.refs
-        bad = SlotRefs(b"")
+        failed = NO_REFS
         if any(statuses):
-            pairs = list(zip(unpack_refs(store.refs), statuses, strict=True))
-            good = pack_refs(ref for ref, status in pairs if status == COPY_OK)
-            bad = pack_refs(ref for ref, status in pairs if status != COPY_OK)
-            self._stats.count("store_skipped_blocks", num_refs(bad), reason="copy_failed")
-        self._client.complete_store(good, bad)
-        self._stats.count("store_blocks", num_refs(good))
+            pairs = zip(unpack_refs(store.refs), statuses, strict=True)
+            failed = pack_refs(ref for ref, status in pairs if status != COPY_OK)
+            self._stats.count("store_skipped_blocks", num_refs(failed), reason="copy_failed")
+        if self._client.complete_store(store.grant_id, failed):
+            self._stats.count("store_blocks", num_refs(store.refs) - num_refs(failed))
 
     # pins -----------------------------------------------------------------------------------------
 
