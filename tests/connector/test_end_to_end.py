@@ -1,6 +1,7 @@
 """Real vLLM engines over HTTP: two with the pool, one without it to compare with.
 
-A  checksums off    B  checksums on all blocks, and a KV cache of 8k tokens    R  no connector
+A  checksums off    B  checksums on all blocks, and a KV cache of 8k tokens    S  speculates (n-gram)
+R  no connector
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ OPTIONS = (
 class Engines(NamedTuple):
     a: Engine
     b: Engine
+    speculating: Engine
     reference: Engine
     refused: Engine
     daemon: PoolDaemon
@@ -71,14 +73,23 @@ def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         env=env,
     )
     change_config(b, kv_connector_module_path=None)  # found by name, through the plugin
+    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    speculating = Engine(
+        tiny_model,
+        logs / "s.log",
+        extra=pool,
+        options=(*OPTIONS, "--speculative-config", json.dumps(drafts)),
+        env=env,
+    )
     reference = Engine(tiny_model, logs / "r.log", extra=None, options=OPTIONS, env=env)
     refused = Engine(tiny_model, logs / "refused.log", extra=pool, options=OPTIONS, env=env)
     change_config(refused, kv_load_failure_policy="fail")
-    with daemon, a, b, reference, refused:
-        for engine in (a, b, reference):
+    running = (a, b, speculating, reference)
+    with daemon, a, b, speculating, reference, refused:
+        for engine in running:
             engine.wait_ready()
-        yield Engines(a, b, reference, refused, daemon)
-        for engine in (a, b, reference):
+        yield Engines(*running, refused, daemon)
+        for engine in running:
             assert engine.running
             assert "Traceback" not in engine.log.read_text()
     shutil.rmtree(daemon.folder)
@@ -186,6 +197,23 @@ def test_generated_blocks_are_found_by_the_next_turn(engines: Engines) -> None:
     assert complete(engines.b, turn)[1:] == (expected, len(turn), known * BLOCK)
 
 
+def test_trap_16_speculation_gives_and_takes_the_same_blocks(engines: Engines) -> None:
+    """A prompt that repeats itself, so that drafts are made; the answer's blocks are stored as well."""
+    prompt = prompt_of(10, 40) * 12
+    first = complete(engines.reference, prompt, max_tokens=2 * BLOCK)
+    turn = [*prompt, *first.tokens, *prompt_of(11, 50)]
+    known = (len(prompt) + len(first.tokens) - 1) // BLOCK
+    assert complete(engines.speculating, prompt, max_tokens=2 * BLOCK).tokens == first.tokens
+    assert metric(engines.speculating, "spec_decode_num_draft_tokens") > 0
+    until(lambda: len(refs_of(engines, turn)) == known)
+    expected = complete(engines.reference, turn).tokens
+    assert complete(engines.a, turn)[1:] == (expected, len(turn), known * BLOCK)
+    reset(engines.speculating)
+    loaded = complete(engines.speculating, turn)
+    assert loaded.tokens == expected
+    assert loaded.cached_tokens >= (known - 1) * BLOCK  # vLLM may compute the last one for drafts
+
+
 def test_overwritten_payload_changes_the_output_without_checksums(engines: Engines) -> None:
     prompt = prompt_of(5)
     good = store(engines, engines.a, prompt)
@@ -227,8 +255,8 @@ def test_metrics_and_hints_over_http(engines: Engines) -> None:
 
 
 def test_trap_4_8_and_9_more_requests_than_memory_some_of_them_aborted(engines: Engines) -> None:
-    """B holds 8k tokens: 24 requests of up to 2.6k each, half of them in the pool, with answers long
-    enough to be preempted; every third client hangs up."""
+    """B holds 8k tokens: 24 requests of up to 2.6k each, half of them in the pool; every third client
+    hangs up."""
     shared = [prompt_of(seed, LONG - 100 * (seed % 5)) for seed in range(20, 28)]
     for prompt in shared[::2]:
         complete(engines.a, prompt, max_tokens=1)
@@ -243,6 +271,20 @@ def test_trap_4_8_and_9_more_requests_than_memory_some_of_them_aborted(engines: 
     until(
         lambda: metric(engines.b, "kv_cache_usage_perc") == 0, "all blocks given back", timeout_s=60
     )
+
+
+def test_trap_4_preempted_while_blocks_are_stored(engines: Engines) -> None:
+    """B has 64 blocks: 20 requests come in with two each, and all grow to four."""
+    prompts = [prompt_of(seed, 2 * BLOCK - 20) for seed in range(40, 60)]
+
+    def answers(engine: Engine) -> list[list[int]]:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            done = pool.map(lambda prompt: complete(engine, prompt, max_tokens=2 * BLOCK), prompts)
+            return [completion.tokens for completion in done]
+
+    preemptions = metric(engines.b, "num_preemptions")
+    assert answers(engines.b) == answers(engines.reference)
+    assert metric(engines.b, "num_preemptions") > preemptions
 
 
 def ask(engine: Engine, prompt: list[int], max_tokens: int, hang_up: bool) -> list[int] | None:

@@ -20,6 +20,7 @@ from vllm_kvpool.keys import namespace_digest
 from vllm_kvpool.protocol import Namespace
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.tensors", "*.index.json")
+DRAFTERS_WITHOUT_KV = ("ngram", "ngram_gpu", "suffix")
 SAMPLES_PER_FILE = 64
 SAMPLE_BYTES = 4096
 LONG_CONTEXT_ROPES = ("longrope", "dynamic")
@@ -134,8 +135,8 @@ def _file_identity(file: Path) -> bytes:
 
 
 def _drafter(speculative: Any) -> str:
-    """A drafter's KV lies in the same blocks."""
-    if speculative is None:
+    """A drafter's KV lies in the same blocks, if it has any."""
+    if speculative is None or speculative.method in DRAFTERS_WITHOUT_KV:
         return "none"
     names = ("method", "model", "revision", "num_speculative_tokens")
     return " ".join(str(getattr(speculative, name, None)) for name in names)
