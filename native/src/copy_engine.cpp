@@ -1,5 +1,7 @@
 #include <algorithm>
 #include <chrono>
+#include <cstring>
+#include <stdexcept>
 #include <utility>
 
 #include "kvpool/checksum.h"
@@ -14,29 +16,23 @@ uint64_t now_ns() {
     return static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
 }
 
-uint64_t payload_bytes(const std::vector<Region>& regions) {
-    uint64_t bytes = 0;
-    for (const Region& region : regions) bytes += region.bytes;
-    return bytes;
-}
-
 }  // namespace
 
 uint64_t CopyEngine::shard_bytes(const std::vector<Region>& regions) {
-    uint64_t bytes = payload_bytes(regions) + sizeof(ShardTrailer);
+    uint64_t bytes = sizeof(ShardTrailer);
+    for (const Region& region : regions) bytes += region.bytes;
     return (bytes + kShardAlign - 1) / kShardAlign * kShardAlign;
 }
 
-CopyEngine::CopyEngine(std::shared_ptr<PoolFile> file, std::vector<Region> regions, uint64_t shard_offset,
-                       uint32_t checksum, unsigned threads)
+CopyEngine::CopyEngine(std::shared_ptr<PoolFile> file, std::unique_ptr<CopyBackend> backend, uint64_t shard_offset,
+                       uint32_t checksum)
     : file_(std::move(file)),
-      regions_(std::move(regions)),
-      payload_bytes_(payload_bytes(regions_)),
+      backend_(std::move(backend)),
+      payload_bytes_(backend_->payload_bytes()),
       shard_offset_(shard_offset),
       checksum_(checksum) {
-    if (regions_.empty()) throw std::invalid_argument("regions: give at least one");
     try {
-        for (unsigned i = 0; i < std::max(threads, 1u); ++i) threads_.emplace_back([this] { run(); });
+        for (unsigned i = 0; i < backend_->threads(); ++i) threads_.emplace_back([this, i] { run(i); });
     } catch (...) {
         close();  // the kernel refused a thread: end those that run
         throw;
@@ -47,9 +43,10 @@ CopyEngine::~CopyEngine() {
     close();
 }
 
-uint64_t CopyEngine::submit(Direction direction, std::vector<CopyBlock> blocks) {
+uint64_t CopyEngine::submit(Direction direction, std::vector<CopyBlock> blocks, uint64_t stream) {
     auto job = std::make_shared<Job>();
     job->direction = direction;
+    job->fence = backend_->fence(stream);
     job->status.assign(blocks.size(), CopyStatus::kCancelled);
     job->blocks = std::move(blocks);
     job->started_ns = now_ns();
@@ -94,91 +91,111 @@ void CopyEngine::close() {
     }
     std::lock_guard lock(mutex_);
     while (!jobs_.empty()) finish(std::shared_ptr<Job>(jobs_.begin()->second));
+    backend_->close();
 }
 
 void CopyEngine::finish(const std::shared_ptr<Job>& job) {
     finished_.push_back({job->number, job->status, now_ns() - job->started_ns});
+    job->fence.reset();
     jobs_.erase(job->number);
 }
 
-std::shared_ptr<CopyEngine::Job> CopyEngine::next_job() {
-    for (auto* queue : {&loads_, &stores_}) {
-        while (!queue->empty() && queue->front()->next >= queue->front()->blocks.size()) queue->pop_front();
-        if (!queue->empty()) return queue->front();
+std::shared_ptr<CopyEngine::Job> CopyEngine::next_job(unsigned thread) {
+    for (Direction direction : {Direction::kLoad, Direction::kStore}) {
+        if (!backend_->serves(thread, direction)) continue;
+        auto& queue = direction == Direction::kLoad ? loads_ : stores_;
+        while (!queue.empty() && queue.front()->next >= queue.front()->blocks.size()) queue.pop_front();
+        if (!queue.empty()) return queue.front();
     }
     return nullptr;
 }
 
-void CopyEngine::run() {
+CopyEngine::Batch CopyEngine::take(const std::shared_ptr<Job>& job) const {
+    Batch batch{job, job->next, std::min(backend_->batch_blocks(), job->blocks.size() - job->next)};
+    job->next += batch.count;
+    ++job->busy;
+    return batch;
+}
+
+void CopyEngine::put_back(const Batch& batch, const std::vector<CopyStatus>& status) {
+    const std::shared_ptr<Job>& job = batch.job;
+    std::copy(status.begin(), status.end(), job->status.begin() + static_cast<ptrdiff_t>(batch.first));
+    if (--job->busy > 0) return;
+    idle_.notify_all();
+    if (job->next >= job->blocks.size() && jobs_.count(job->number) != 0) finish(job);
+}
+
+void CopyEngine::run(unsigned thread) {
     std::unique_lock lock(mutex_);
     while (true) {
         std::shared_ptr<Job> job;
-        work_.wait(lock, [&] { return closing_ || (job = next_job()) != nullptr; });
+        work_.wait(lock, [&] { return closing_ || (job = next_job(thread)) != nullptr; });
         if (closing_) return;
-        size_t i = job->next++;
-        ++job->busy;
+        Batch batch = take(job);
         lock.unlock();
-        CopyStatus status = copy(job->direction, job->blocks[i]);
+        std::vector<CopyStatus> status = copy(thread, batch);
         lock.lock();
-        job->status[i] = status;
-        if (--job->busy > 0) continue;
-        idle_.notify_all();
-        if (job->next >= job->blocks.size() && jobs_.count(job->number) != 0) finish(job);
+        put_back(batch, status);
     }
 }
 
-CopyStatus CopyEngine::copy(Direction direction, const CopyBlock& block) const {
-    SlotState expected = direction == Direction::kStore ? SlotState::kWriting : SlotState::kReady;
-    if (block.ref.none() || block.ref.slot >= file_->geometry().num_slots()) return CopyStatus::kStale;
-    const SlotHeader& header = file_->slots()[block.ref.slot];
-    uint64_t word = SlotWord::make(block.ref.generation, expected);
-    // A leased slot may be EVICTING: the bytes stay until the lease ends.
-    auto still_ours = [&] {
-        uint64_t now = header.word.load(std::memory_order_acquire);
-        return now == word ||
-               (direction == Direction::kLoad && now == SlotWord::make(block.ref.generation, SlotState::kEvicting));
-    };
-    if (!still_ours()) return CopyStatus::kStale;
+std::vector<CopyStatus> CopyEngine::copy(unsigned thread, const Batch& batch) const {
+    Direction direction = batch.job->direction;
+    const CopyBlock* blocks = batch.job->blocks.data() + batch.first;
+    std::vector<CopyStatus> status(batch.count);
+    std::vector<BlockShard> shards;
+    for (size_t i = 0; i < batch.count; ++i) {
+        status[i] = check_before(direction, blocks[i].ref);
+        if (status[i] == CopyStatus::kOk) shards.push_back({shard(blocks[i].ref), blocks[i].block});
+    }
+    bool moved = shards.empty() || backend_->copy(thread, direction, shards, batch.job->fence);
+    for (size_t i = 0; i < batch.count; ++i) {
+        if (status[i] != CopyStatus::kOk) continue;
+        status[i] = moved ? check_after(direction, blocks[i].ref) : CopyStatus::kFailed;
+    }
+    return status;
+}
+
+CopyStatus CopyEngine::check_before(Direction direction, SlotRef ref) const {
+    if (ref.none() || ref.slot >= file_->geometry().num_slots()) return CopyStatus::kStale;
+    if (!is_ours(direction, ref)) return CopyStatus::kStale;
     // Whatever the two sides think of each other's layout, no byte lands behind the slot.
-    if (shard_offset_ + payload_bytes_ + sizeof(ShardTrailer) > header.length.load()) return CopyStatus::kStale;
-    BlockKey key = header.load_key();
-    uint8_t* shard = file_->payload(block.ref.slot) + shard_offset_;
-    CopyStatus status = CopyStatus::kOk;
-    if (direction == Direction::kStore) {
-        store_shard(shard, block.block, block.ref, key);
-    } else {
-        status = load_shard(shard, block.block, block.ref, key);
-    }
-    return still_ours() ? status : CopyStatus::kStale;
+    uint64_t end = shard_offset_ + payload_bytes_ + sizeof(ShardTrailer);
+    if (end > file_->slots()[ref.slot].length.load()) return CopyStatus::kStale;
+    if (direction == Direction::kStore || has_good_checksum(ref)) return CopyStatus::kOk;
+    return is_ours(direction, ref) ? CopyStatus::kChecksum : CopyStatus::kStale;
 }
 
-void CopyEngine::store_shard(uint8_t* shard, uint32_t block, SlotRef ref, const BlockKey& key) const {
-    uint8_t* to = shard;
-    for (const Region& region : regions_) {
-        std::memcpy(to, region.base + block * region.stride, region.bytes);
-        to += region.bytes;
-    }
+CopyStatus CopyEngine::check_after(Direction direction, SlotRef ref) const {
+    if (direction == Direction::kStore && is_ours(direction, ref)) write_trailer(ref);
+    return is_ours(direction, ref) ? CopyStatus::kOk : CopyStatus::kStale;
+}
+
+bool CopyEngine::is_ours(Direction direction, SlotRef ref) const {
+    uint64_t now = file_->slots()[ref.slot].word.load(std::memory_order_acquire);
+    if (direction == Direction::kStore) return now == SlotWord::make(ref.generation, SlotState::kWriting);
+    // A leased slot may be EVICTING: the bytes stay until the lease ends.
+    return now == SlotWord::make(ref.generation, SlotState::kReady) ||
+           now == SlotWord::make(ref.generation, SlotState::kEvicting);
+}
+
+bool CopyEngine::wants_checksum(SlotRef ref) const {
+    return checksum_ != 0 && file_->slots()[ref.slot].load_key().tag() % checksum_ == 0;
+}
+
+bool CopyEngine::has_good_checksum(SlotRef ref) const {
+    if (!wants_checksum(ref)) return true;
+    ShardTrailer trailer;
+    std::memcpy(&trailer, shard(ref) + payload_bytes_, sizeof(trailer));
+    if (trailer.mark != ShardTrailer::kChecked) return trailer.mark == ShardTrailer::kUnchecked;
+    return trailer.checksum == crc32c(shard(ref), payload_bytes_, ref.generation);
+}
+
+void CopyEngine::write_trailer(SlotRef ref) const {
     ShardTrailer trailer{0, ShardTrailer::kUnchecked};
     // Seeded with the generation: the right bytes of an earlier occupant are wrong bytes.
-    if (wants_checksum(key)) trailer = {crc32c(shard, payload_bytes_, ref.generation), ShardTrailer::kChecked};
-    std::memcpy(to, &trailer, sizeof(trailer));
-}
-
-CopyStatus CopyEngine::load_shard(const uint8_t* shard, uint32_t block, SlotRef ref, const BlockKey& key) const {
-    if (wants_checksum(key)) {
-        ShardTrailer trailer;
-        std::memcpy(&trailer, shard + payload_bytes_, sizeof(trailer));
-        bool good = trailer.mark == ShardTrailer::kUnchecked ||
-                    (trailer.mark == ShardTrailer::kChecked &&
-                     trailer.checksum == crc32c(shard, payload_bytes_, ref.generation));
-        if (!good) return CopyStatus::kChecksum;
-    }
-    const uint8_t* from = shard;
-    for (const Region& region : regions_) {
-        std::memcpy(region.base + block * region.stride, from, region.bytes);
-        from += region.bytes;
-    }
-    return CopyStatus::kOk;
+    if (wants_checksum(ref)) trailer = {crc32c(shard(ref), payload_bytes_, ref.generation), ShardTrailer::kChecked};
+    std::memcpy(shard(ref) + payload_bytes_, &trailer, sizeof(trailer));
 }
 
 }  // namespace kvpool

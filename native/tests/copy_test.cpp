@@ -3,95 +3,11 @@
 #include <algorithm>
 #include <chrono>
 
-#include "fixtures.h"
-#include "kvpool/checksum.h"
+#include "copy_fixtures.h"
 
 using namespace kvpool;
 
 namespace {
-
-using Bytes = std::vector<uint8_t>;
-
-// A worker's KV memory: regions of odd sizes, with gaps between blocks.
-struct Memory {
-    std::vector<Bytes> arrays;
-    std::vector<Region> regions;
-
-    explicit Memory(size_t blocks, std::vector<uint64_t> sizes = {4096, 1000, 24, 8192}) {
-        for (uint64_t bytes : sizes) {
-            uint64_t stride = bytes + 40;
-            arrays.emplace_back(blocks * stride);
-            regions.push_back({arrays.back().data(), stride, bytes});
-        }
-    }
-    void fill(uint64_t seed) {
-        Random random(seed);
-        for (Bytes& array : arrays) {
-            for (uint8_t& byte : array) byte = static_cast<uint8_t>(random());
-        }
-    }
-    Bytes block(uint32_t number) const {
-        Bytes all;
-        for (const Region& r : regions) {
-            const uint8_t* from = r.base + number * r.stride;
-            all.insert(all.end(), from, from + r.bytes);
-        }
-        return all;
-    }
-};
-
-// A pool of WRITING or READY slots without a daemon: the copies look at slot headers only.
-struct Slots {
-    Folder folder;
-    std::shared_ptr<PoolFile> file;
-    std::vector<SlotRef> refs;
-
-    explicit Slots(uint32_t count)
-        : file(
-              std::make_shared<PoolFile>(PoolFile::create(folder.pool(), Geometry::plan(8 * kMiB, kSlotBytes), 0600))) {
-        file->slabs()[0].slot_bytes.store(kSlotBytes);
-        file->slabs()[0].num_slots.store(32);
-        for (uint32_t slot = 0; slot < count; ++slot) {
-            refs.push_back({slot, 10 + slot});
-            file->slots()[slot].store_key(key_of(slot));
-            file->slots()[slot].length.store(kSlotBytes);
-        }
-        set_all(SlotState::kWriting);
-    }
-    void set(SlotRef ref, SlotState state) {
-        file->slots()[ref.slot].word.store(SlotWord::make(ref.generation, state));
-    }
-    void set_all(SlotState state) {
-        for (SlotRef ref : refs) set(ref, state);
-    }
-    std::vector<CopyBlock> blocks(uint32_t first_block = 0) const {
-        std::vector<CopyBlock> blocks;
-        for (SlotRef ref : refs) blocks.push_back({ref, first_block++});
-        return blocks;
-    }
-};
-
-FinishedCopy wait(CopyEngine& engine) {
-    while (true) {
-        std::vector<FinishedCopy> finished = engine.poll();
-        if (!finished.empty()) {
-            CHECK_EQ(finished.size(), 1u);
-            return finished[0];
-        }
-        std::this_thread::sleep_for(std::chrono::microseconds(50));
-    }
-}
-
-std::vector<CopyStatus> run(CopyEngine& engine, Direction direction, std::vector<CopyBlock> blocks) {
-    uint64_t job = engine.submit(direction, std::move(blocks));
-    FinishedCopy finished = wait(engine);
-    CHECK_EQ(finished.job, job);
-    return finished.status;
-}
-
-bool all(const std::vector<CopyStatus>& status, CopyStatus wanted) {
-    return !status.empty() && std::all_of(status.begin(), status.end(), [&](CopyStatus s) { return s == wanted; });
-}
 
 // Eight blocks of a worker in a pool, written by an engine with that checksum setting.
 struct Stored {
@@ -102,10 +18,10 @@ struct Stored {
 
     explicit Stored(uint32_t checksum, uint32_t reader_checksum) {
         memory.fill(1);
-        CopyEngine writer(slots.file, memory.regions, kOffset, checksum, 2);
+        CopyEngine writer(slots.file, cpu_backend(memory.regions, 2), kOffset, checksum);
         CHECK(all(run(writer, Direction::kStore, slots.blocks()), CopyStatus::kOk));
         slots.set_all(SlotState::kReady);
-        engine = std::make_unique<CopyEngine>(slots.file, memory.regions, kOffset, reader_checksum, 2);
+        engine = std::make_unique<CopyEngine>(slots.file, cpu_backend(memory.regions, 2), kOffset, reader_checksum);
     }
     explicit Stored(uint32_t checksum) : Stored(checksum, checksum) {}
     std::vector<CopyStatus> load() { return run(*engine, Direction::kLoad, slots.blocks(12)); }
@@ -224,9 +140,9 @@ TEST(a_shard_that_does_not_fit_its_slot_is_not_copied) {
     Slots slots(2);
     Memory memory(2);
     uint64_t shard = CopyEngine::shard_bytes(memory.regions);
-    CopyEngine fits(slots.file, memory.regions, kSlotBytes - shard, 0, 1);
+    CopyEngine fits(slots.file, cpu_backend(memory.regions, 1), kSlotBytes - shard, 0);
     CHECK(all(run(fits, Direction::kStore, slots.blocks()), CopyStatus::kOk));
-    CopyEngine beyond(slots.file, memory.regions, kSlotBytes - shard + 256, 0, 1);
+    CopyEngine beyond(slots.file, cpu_backend(memory.regions, 1), kSlotBytes - shard + 256, 0);
     CHECK(all(run(beyond, Direction::kStore, slots.blocks()), CopyStatus::kStale));
 }
 
@@ -238,7 +154,7 @@ TEST(a_block_that_changes_under_the_copy_is_stale) {
     slots.file->slabs()[0].slot_bytes.store(2 * kMiB);
     slots.file->slots()[0].length.store(2 * kMiB);
     Memory memory(1, std::vector<uint64_t>(30, 64 << 10));
-    CopyEngine engine(slots.file, memory.regions, 0, 0, 1);
+    CopyEngine engine(slots.file, cpu_backend(memory.regions, 1), 0, 0);
     int stale = 0, overlooked = 0;
     for (int round = 0; round < 60; ++round) {
         slots.set_all(SlotState::kReady);
@@ -275,7 +191,7 @@ struct Loads {
     static constexpr uint32_t kBlocks = 300;
     Slots slots{16};
     Memory memory{3 * kBlocks, std::vector<uint64_t>(4, 4096)};
-    CopyEngine engine{slots.file, memory.regions, 0, 0, 2};
+    CopyEngine engine{slots.file, cpu_backend(memory.regions, 2), 0, 0};
 
     Loads() { slots.set_all(SlotState::kReady); }
     uint64_t submit(uint32_t job = 0) {
@@ -299,7 +215,7 @@ TEST(loads_go_before_stores) {
     for (uint32_t slot = 8; slot < 16; ++slot) loads.slots.set(loads.slots.refs[slot], SlotState::kWriting);
     std::vector<CopyBlock> store, load = {{loads.slots.refs[0], 0}};
     for (uint32_t i = 0; i < 300'000; ++i) store.push_back({loads.slots.refs[8 + i % 8], 1});
-    CopyEngine engine(loads.slots.file, loads.memory.regions, 0, 0, 1);
+    CopyEngine engine(loads.slots.file, cpu_backend(loads.memory.regions, 1), 0, 0);
     uint64_t slow = engine.submit(Direction::kStore, store);
     CHECK(all(run(engine, Direction::kLoad, load), CopyStatus::kOk));
     engine.cancel(slow);
@@ -344,6 +260,5 @@ TEST(close_ends_jobs_and_reports_them) {
 }
 
 TEST(an_engine_without_regions_is_refused) {
-    Slots slots(1);
-    CHECK_THROWS(std::invalid_argument, CopyEngine(slots.file, {}, 0, 0, 1));
+    CHECK_THROWS(std::invalid_argument, cpu_backend({}, 1));
 }

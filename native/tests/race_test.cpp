@@ -182,7 +182,7 @@ TEST(copies_beside_cancel_and_poll) {
     auto words = reinterpret_cast<uint64_t*>(memory.data());
     std::vector<Region> regions = {{memory.data(), kBytes, kBytes},
                                    {memory.data() + memory.size() / 2, kBytes, kBytes}};
-    CopyEngine engine(file, regions, 0, 1, 3);
+    CopyEngine engine(file, cpu_backend(regions, 3), 0, 1);
     auto finish = [&](uint64_t job) {
         while (true) {
             for (FinishedCopy& done : engine.poll()) {

@@ -126,15 +126,15 @@ class StuckCopies:
         self._cancelled: list[tuple[int, bytes, int]] = []
         self.cancels = 0
 
-    def submit_load(self, refs: SlotRefs, blocks: bytes) -> int:
+    def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
         if len(self._stuck) + self.cancels == self.loads_to_hold:
-            return self._engine.submit_load(refs, blocks)
+            return self._engine.submit_load(refs, blocks, stream)
         number = 1_000_000 + len(self._stuck)
         self._stuck[number] = num_refs(refs)
         return number
 
-    def submit_store(self, refs: SlotRefs, blocks: bytes) -> int:
-        return self._engine.submit_store(refs, blocks)
+    def submit_store(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
+        return self._engine.submit_store(refs, blocks, stream)
 
     def poll(self) -> list[tuple[int, bytes, int]]:
         cancelled, self._cancelled = self._cancelled, []

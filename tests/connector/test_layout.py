@@ -89,16 +89,40 @@ def test_padded_pages_are_copied_whole() -> None:
     assert layout_of({"layer": cache}, padded).regions == ((cache.data_ptr(), padded, padded),)
 
 
-def test_cross_layer_tensor_is_one_region() -> None:
-    physical = torch.zeros((BLOCKS, len(LAYERS), 2, TOKENS, HEADS, CONTENT // 2))
-    logical = physical.permute(1, 0, 2, 3, 4, 5)
+@pytest.mark.parametrize("kernel_blocks", [1, 2])
+def test_cross_layer_tensor_is_one_region(kernel_blocks: int) -> None:
+    """As vLLM's runner passes it: in the order of memory, not in the order of the layers' views."""
+    inner = (2, TOKENS // kernel_blocks, HEADS, CONTENT // 2)
+    tensor = torch.zeros((BLOCKS * kernel_blocks, len(LAYERS), *inner))
     pages = dict.fromkeys(LAYERS, PAGE)
     row = len(LAYERS) * PAGE
-    layout = cross_layer_layout(logical, pages, BLOCKS, "FLASH_ATTN")
-    assert layout.regions == ((physical.data_ptr(), row, row),)
-    layer_first = torch.zeros((len(LAYERS), BLOCKS, 2, TOKENS, HEADS, CONTENT // 2))
-    with pytest.raises(UnsupportedLayoutError):
-        cross_layer_layout(layer_first, pages, BLOCKS, "FLASH_ATTN")
+    layout = cross_layer_layout(tensor, pages, BLOCKS, "FLASH_ATTN")
+    assert layout.regions == ((tensor.data_ptr(), row, row),)
+    for other in (tensor.transpose(0, 1), tensor[:-1]):
+        with pytest.raises(UnsupportedLayoutError):
+            cross_layer_layout(other, pages, BLOCKS, "FLASH_ATTN")
+
+
+def test_k_and_v_apart_give_two_regions_a_layer() -> None:
+    shape = (2, BLOCKS, TOKENS, HEADS, CONTENT // 2)
+    caches = {layer: torch.zeros(shape) for layer in LAYERS}
+    layout = layout_of(caches)
+    half = PAGE // 2
+    bases = [cache[i].data_ptr() for cache in caches.values() for i in range(2)]
+    assert layout.regions == tuple((base, half, half) for base in bases)
+    together = {layer: torch.zeros((BLOCKS, 2, *shape[2:])) for layer in LAYERS}
+    assert layout.text != layout_of(together).text
+    longer = {layer: torch.zeros((2, BLOCKS + 1, *shape[2:])) for layer in LAYERS}
+    assert layout.text == layout_of(longer, blocks=BLOCKS + 1).text
+
+
+def test_mla_and_8_bit_caches() -> None:
+    """[blocks, tokens, latent], one byte an element."""
+    caches = {layer: torch.zeros((BLOCKS, TOKENS, 36), dtype=torch.uint8) for layer in LAYERS}
+    page = TOKENS * 36
+    regions = layout_of(caches, page).regions
+    assert {(region.stride, region.nbytes) for region in regions} == {(page, page)}
+    assert len(regions) == len(LAYERS)
 
 
 def test_text_tells_layouts_apart_but_not_addresses() -> None:

@@ -92,10 +92,12 @@ def groups(*specs: Any) -> Any:
     return [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
 
 
-def reason(*specs: Any, parallel: dict[str, int] | None = None) -> str | None:
+def reason(
+    *specs: Any, parallel: dict[str, int] | None = None, model: dict[str, Any] | None = None
+) -> str | None:
     config = SimpleNamespace(
         parallel_config=SimpleNamespace(**(parallel or {})),
-        model_config=SimpleNamespace(),
+        model_config=SimpleNamespace(**(model or {})),
         cache_config=SimpleNamespace(),
     )
     return compat.why_unsupported(config, SimpleNamespace(kv_cache_groups=groups(*specs)))
@@ -114,10 +116,12 @@ def test_trap_12_models_with_several_groups_are_left_alone() -> None:
     )
 
 
-def test_gpus_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The copy engine reads and writes addresses of this process's own memory."""
-    monkeypatch.setattr(compat, "is_cpu_platform", lambda: False)
-    assert "on CPUs only" in reason(full())
+def test_platforms_without_copies_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "platform_kind", lambda: "cuda")
+    assert reason(full()) is None
+    assert "enable_sleep_mode" in reason(full(), model={"enable_sleep_mode": True})
+    monkeypatch.setattr(compat, "platform_kind", lambda: "rocm")
+    assert "this is rocm" in reason(full())
 
 
 def test_trap_12_unsupported_engine_runs_as_without_a_pool(

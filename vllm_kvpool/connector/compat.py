@@ -64,8 +64,8 @@ from i * block_size on. Named one by one: their subclasses (windows, sinks ...) 
 
 def why_unsupported(vllm_config: Any, kv_cache_config: Any) -> str | None:
     """Why blocks of this engine cannot be shared safely (yet), for the log; None when they can."""
-    if not is_cpu_platform():
-        return "this version copies on CPUs only, the CUDA data path is not in it yet"
+    if reason := _why_unsupported_platform(vllm_config):
+        return reason
     if reason := _why_unsupported_cache(kv_cache_config.kv_cache_groups):
         return reason
     if not getattr(vllm_config.model_config, "is_prefix_caching_supported", True):
@@ -75,6 +75,15 @@ def why_unsupported(vllm_config: Any, kv_cache_config: Any) -> str | None:
             return f"{name} is above 1"
     if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
         return "calculate_kv_scales gives every engine KV scales of its own"
+    return None
+
+
+def _why_unsupported_platform(vllm_config: Any) -> str | None:
+    kind = platform_kind()
+    if kind not in ("cpu", "cuda"):
+        return f"blocks are copied on CPUs and CUDA GPUs only, this is {kind}"
+    if kind == "cuda" and getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        return "enable_sleep_mode takes the KV cache's memory away under copies in flight"
     return None
 
 
@@ -133,10 +142,11 @@ def lookahead_blocks(vllm_config: Any) -> int:
     return 1 if speculative.use_eagle() else 0
 
 
-def is_cpu_platform() -> bool:
+def platform_kind() -> str:
+    """ "cpu", "cuda", or another platform by vLLM's name for it ("rocm", "xpu" ...)."""
     from vllm.platforms import current_platform
 
-    return bool(current_platform.is_cpu())
+    return str(current_platform.device_name)
 
 
 # block hashes -------------------------------------------------------------------------------------

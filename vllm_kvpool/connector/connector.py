@@ -119,8 +119,10 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """Keeps an engine without requests stepping until its last stores are done."""
-        return self._scheduler is not None and self._scheduler.stores_in_flight
+        """Keeps an engine without requests stepping: until its last stores are done, and, for an
+        instant at its start, until its workers map the pool, so that no request waits for that."""
+        side = self._scheduler
+        return side is not None and (side.stores_in_flight or side.introducing)
 
     def has_pending_block_frees(self) -> bool:
         """Whether it is better to wait for our pins than to preempt a request."""

@@ -2,12 +2,13 @@
 
 A *region* is (base address, bytes from one block to the next, bytes of a block). vLLM gives us:
 
-    up to 0.28   one tensor a layer, a block is one page of it; or, where all layers look the same,
-                 one tensor for all layers with a block of all of them in one run ("cross-layer")
+    up to 0.28   one tensor a layer, a block is one page of it ([blocks, 2, ...], MLA [blocks, ...]),
+                 or two where K and V are apart ([2, blocks, ...]); or, where all layers look the
+                 same, one tensor for all of them with a block of all in one run ("cross-layer")
     from 0.29    one buffer, and a [blocks, heads, tokens, content] view of it for each layer, in
                  one of several orders: layer outermost (as on a CPU) or block outermost
 
-Both become one region a layer; regions that follow each other in memory are then merged, so that a
+All become one region (or two) a layer; regions that follow each other in memory are then merged, so that a
 block-outermost layout ends as a single region. Layers that share memory count once. Orders that
 tear a page apart (heads outside of blocks) are refused.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -58,17 +59,20 @@ def layer_layout(
     num_blocks: int,
     backend: Callable[[str], str],
 ) -> KVLayout:
-    """One region a layer, merged where they touch. `backend` names a layer's attention backend."""
+    """One region a layer (two where K and V are apart), merged where they touch. `backend` names a
+    layer's attention backend."""
     regions: dict[tuple[int, int], Region] = {}
     lines = []
     for layer in sorted(page_bytes, key=_natural):
-        view = kv_caches[layer]
-        region = _page_region(layer, view, page_bytes[layer], num_blocks)
-        known = regions.setdefault((region.base, region.stride), region)
-        if known.nbytes != region.nbytes:
-            raise UnsupportedLayoutError(f"{layer} shares memory with a layer of another page size")
-        shape, strides = tuple(view.shape[1:]), tuple(view.stride()[1:])
-        lines.append(f"{layer} {backend(layer)} {view.dtype} {shape} {strides} {region.nbytes}")
+        views = _block_views(kv_caches[layer], num_blocks)
+        for view in views:
+            region = _page_region(layer, view, page_bytes[layer] // len(views), num_blocks)
+            known = regions.setdefault((region.base, region.stride), region)
+            if known.nbytes != region.nbytes:
+                text = f"{layer} shares memory with a layer of another page size"
+                raise UnsupportedLayoutError(text)
+            shape, strides = tuple(view.shape[1:]), tuple(view.stride()[1:])
+            lines.append(f"{layer} {backend(layer)} {view.dtype} {shape} {strides} {region.nbytes}")
     merged = _merged(list(regions.values()))
     return KVLayout(merged, _text(lines, merged))
 
@@ -76,15 +80,21 @@ def layer_layout(
 def cross_layer_layout(
     tensor: torch.Tensor, page_bytes: Mapping[str, int], num_blocks: int, backend: str
 ) -> KVLayout:
-    """One region: `tensor` is [layers, blocks, ...] in shape, with blocks outermost in memory."""
-    row_bytes, rest = divmod(tensor.nbytes, num_blocks)
-    rows = tensor.shape[1] // num_blocks
-    if rest or tensor.stride(1) * rows * tensor.element_size() != row_bytes:
+    """One region: vLLM hands over the tensor as it was allocated, dimensions in the order of memory,
+    and takes only backends that put blocks first ([blocks, layers, 2, ...], [blocks, heads, ...])."""
+    if tensor.shape[0] % num_blocks or not tensor.is_contiguous():
         raise UnsupportedLayoutError("the cross-layer KV cache does not keep a block in one run")
+    row_bytes = tensor.nbytes // num_blocks
     regions = (Region(tensor.data_ptr(), row_bytes, row_bytes),)
-    shape, strides = (tensor.shape[0], *tensor.shape[2:]), tensor.stride()
-    lines = [f"{backend} {tensor.dtype} {shape} {strides}", *sorted(page_bytes, key=_natural)]
-    return KVLayout(regions, _text(lines, regions))
+    lines = [f"{backend} {tensor.dtype} {tuple(tensor.shape[1:])} cross-layer"]
+    return KVLayout(regions, _text([*lines, *sorted(page_bytes, key=_natural)], regions))
+
+
+def _block_views(view: torch.Tensor, num_blocks: int) -> Sequence[torch.Tensor]:
+    """What has blocks as its first dimension: the layer's tensor, or its K and its V."""
+    if view.shape[0] % num_blocks and view.shape[0] == 2:
+        return (view[0], view[1])
+    return (view,)
 
 
 def _page_region(layer: str, view: torch.Tensor, nbytes: int, num_blocks: int) -> Region:

@@ -92,8 +92,10 @@ class PoolLink:
 
     def start(self) -> None:
         """Make the client as soon as everything is known. Cheap to call again."""
+        if self.client is not None or not self._layouts:
+            return
         none_hash = compat.none_hash()
-        if self.client is not None or not self._layouts or none_hash is None:
+        if none_hash is None:
             return
         if compat.none_hash_is_random(self._algorithm):
             logger.warning(
@@ -184,6 +186,8 @@ class PoolLink:
             self.mask = key_mask(self._digest, GROUP, self._salt)
 
     def close(self) -> None:
+        self._layouts = []  # no new client is made
+        self._settling = False
         if self.client is not None:
             self.client.close()
             self.client = None

@@ -15,7 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm_kvpool._native import COPY_CANCELLED, COPY_CHECKSUM, COPY_OK, COPY_STALE
+from vllm_kvpool._native import (
+    COPY_CANCELLED,
+    COPY_CHECKSUM,
+    COPY_FAILED,
+    COPY_OK,
+    COPY_STALE,
+)
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.config import ConnectorConfig
 from vllm_kvpool.connector import compat
@@ -27,7 +33,12 @@ from vllm_kvpool.types import KEY_BYTES, REF_BYTES, BlockKeys, SlotRefs, num_ref
 
 NO_REFS = SlotRefs(b"")
 LEASED = 1
-STATUS_REASONS = {COPY_STALE: "stale", COPY_CHECKSUM: "checksum", COPY_CANCELLED: "deadline"}
+STATUS_REASONS = {
+    COPY_STALE: "stale",
+    COPY_CHECKSUM: "checksum",
+    COPY_CANCELLED: "deadline",
+    COPY_FAILED: "device",
+}
 
 
 @dataclass(slots=True)

@@ -61,7 +61,8 @@ class LoadJob(CopyJob):
 @dataclass(frozen=True)
 class KVPoolMetadata(KVConnectorMetadata):
     attachment: PoolAttachment | None = None
-    """None where there is nothing to copy."""
+    """With all copies, and once before them: mapping a pool, and registering it with a GPU, takes a
+    worker time. None otherwise."""
     loads: tuple[LoadJob, ...] = ()
     stores: tuple[CopyJob, ...] = ()
 

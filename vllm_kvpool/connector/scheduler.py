@@ -16,7 +16,12 @@ from vllm_kvpool.connector import compat
 from vllm_kvpool.connector.hints import parse_hints
 from vllm_kvpool.connector.link import PoolLink
 from vllm_kvpool.connector.loads import LoadPlanner
-from vllm_kvpool.connector.metadata import JobReport, KVPoolMetadata, WorkerLayout
+from vllm_kvpool.connector.metadata import (
+    JobReport,
+    KVPoolMetadata,
+    PoolAttachment,
+    WorkerLayout,
+)
 from vllm_kvpool.connector.records import RequestRecord
 from vllm_kvpool.connector.stats import KVPoolStats
 from vllm_kvpool.connector.stores import StorePlanner
@@ -35,6 +40,7 @@ class SchedulerSide:
         self._records: dict[str, RequestRecord] = {}
         self._polled = False
         """Whether messages were taken since the last step was planned."""
+        self._announced: PoolAttachment | None = None
         self._lora_is_hashed = compat.lora_path_is_hashed()
 
     def set_layouts(self, layouts: Mapping[tuple[int, int], WorkerLayout]) -> None:
@@ -95,8 +101,16 @@ class SchedulerSide:
             if connected:
                 self._stores.offer(record, num_computed + output.num_scheduled_tokens[request_id])
         loads, stores = self._loads.take_planned(), self._stores.take_planned()
-        attachment = self._link.attachment() if loads or stores else None
-        return KVPoolMetadata(attachment, loads, stores)
+        return KVPoolMetadata(self._attachment(bool(loads or stores)), loads, stores)
+
+    def _attachment(self, needed: bool) -> PoolAttachment | None:
+        if not needed and not self._link.connected:
+            return None
+        attachment = self._link.attachment()
+        if not needed and attachment is self._announced:
+            return None
+        self._announced = attachment
+        return attachment
 
     def end_step(self, reports: Mapping[int, JobReport]) -> None:
         """All that comes in, the daemon's answers too: the other threads of the engine are at rest now. When the next
@@ -113,6 +127,12 @@ class SchedulerSide:
     @property
     def stores_in_flight(self) -> bool:
         return self._stores.in_flight
+
+    @property
+    def introducing(self) -> bool:
+        """Whether the engine has just started and the workers have not heard of the pool yet."""
+        self._link.start()
+        return self._link.settling or (self._link.connected and self._announced is None)
 
     # engine ---------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """The worker side of the connector: copies between this worker's KV cache and the pool.
 
-Copies run on the copy engine's threads; hooks only start and poll them. A load always ends: one that
-gets nowhere for `load_deadline_ms` is stopped first and reported then, because vLLM may reuse its blocks as soon as it
-hears. Each job is reported once, by every worker.
+Copies run on the copy engine's threads, or by a GPU's DMA; hooks only start and poll them. A load
+always ends: one that gets nowhere for `load_deadline_ms` is stopped first and reported then, because
+vLLM may reuse its blocks as soon as it hears. Each job is reported once, by every worker.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from typing import Any
 
 import torch
 
-from vllm_kvpool._native import COPY_CANCELLED, COPY_OK, CopyEngine, PoolFormatError, PoolView
+from vllm_kvpool._native import (
+    COPY_CANCELLED,
+    COPY_FAILED,
+    COPY_OK,
+    CopyEngine,
+    PoolFormatError,
+    PoolView,
+)
 from vllm_kvpool.config import ConnectorConfig
 from vllm_kvpool.connector import compat
+from vllm_kvpool.connector.device import KVDevice
 from vllm_kvpool.connector.layout import KVLayout, cross_layer_layout, layer_layout
 from vllm_kvpool.connector.metadata import (
     CopyJob,
@@ -54,6 +62,8 @@ class _Attached:
         """By the engine's number of the copy."""
         self.progress_s = 0.0
         """When a copy was last started with none under way, or ended."""
+        self.told_error = ""
+        """Of the device, as the log has it already."""
         self._lock = lock
 
     def hold(self) -> bool:
@@ -78,6 +88,7 @@ class WorkerSide:
         self._checksum = CHECKSUM_EVERY[config.checksum]
         self._name = uuid.uuid4().hex
         self._layout: KVLayout | None = None
+        self._device = KVDevice(-1)
         self._attached: _Attached | None = None
         self._next_try = 0.0
         self._stats = KVPoolStats()
@@ -95,11 +106,13 @@ class WorkerSide:
             self._kv_cache_config.num_blocks,
             lambda layer: compat.attention_backend(self._vllm_config, layer),
         )
+        self._device = KVDevice.of(kv_caches[next(iter(pages))])
 
     def register_cross_layers(self, tensor: torch.Tensor, backend: Any) -> None:
         pages = compat.layer_page_bytes(self._kv_cache_config)
         num_blocks = self._kv_cache_config.num_blocks
         self._layout = cross_layer_layout(tensor, pages, num_blocks, backend.get_name())
+        self._device = KVDevice.of(tensor)
 
     def handshake(self) -> WorkerLayout | None:
         if self._layout is None:
@@ -110,21 +123,22 @@ class WorkerSide:
     # copies ---------------------------------------------------------------------------------------
 
     def start(self, metadata: KVPoolMetadata) -> None:
+        attached = self._attach(metadata.attachment)
         if not metadata.loads and not metadata.stores:
             return
-        attached = self._attach(metadata.attachment)
+        stream = self._device.stream()
         for load in metadata.loads:
             self._failed_blocks.update(load.unleased_blocks)
             if attached is None or not load.refs:
                 self._end(load, bytes([COPY_CANCELLED]) * num_refs(load.refs), 0.0)
                 continue
-            number = attached.engine.submit_load(load.refs, load.blocks)
+            number = attached.engine.submit_load(load.refs, load.blocks, stream)
             attached.started(number, load)
         for store in metadata.stores:
             if attached is None:
                 self._end(store, bytes([COPY_CANCELLED]) * num_refs(store.refs), 0.0)
                 continue
-            number = attached.engine.submit_store(store.refs, store.blocks)
+            number = attached.engine.submit_store(store.refs, store.blocks, stream)
             attached.started(number, store)
 
     def _attach(self, attachment: PoolAttachment | None) -> _Attached | None:
@@ -152,11 +166,12 @@ class WorkerSide:
             raise OSError("it was replaced by another pool")
         regions = [(base, stride, nbytes) for base, stride, nbytes in self._layout.regions]
         offset = attachment.shard_offsets[self._name]
-        engine = CopyEngine(view, regions, offset, self._checksum)
+        engine = CopyEngine(view, regions, offset, self._checksum, device=self._device.index)
         assert engine.shard_bytes == self._layout.shard_bytes
         lock = ClientLock(Path(attachment.lock_path))
         if not lock.hold(LOCK_WAIT_S):
             raise OSError(f"cannot share the engine's lock file {attachment.lock_path}")
+        logger.info("KV pool: mapped %s, copies by %s", attachment.pool_path, engine.backend)
         return _Attached(view.pool_id, lock, engine)
 
     def _detach(self) -> None:
@@ -186,6 +201,9 @@ class WorkerSide:
     def _take_finished(self, attached: _Attached) -> None:
         for number, statuses, nanoseconds in attached.engine.poll():
             attached.progress_s = time.monotonic()
+            if COPY_FAILED in statuses and attached.told_error != attached.engine.error:
+                attached.told_error = attached.engine.error
+                logger.error("KV pool: copies failed: %s", attached.told_error)
             self._end(attached.running.pop(number), statuses, nanoseconds / 1e9)
 
     def _end(self, job: CopyJob, statuses: bytes, seconds: float) -> None:

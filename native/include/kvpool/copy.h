@@ -1,10 +1,10 @@
 // Moves blocks between a worker's KV memory and pool slots.
 //
-// `CopyEngine` owns jobs, checks and verdicts. How bytes move is a backend's business: the CPU backend copies on
-// threads; a GPU backend enqueues on streams. A block's bytes in KV memory are scattered over regions (one per layer,
-// usually); its shard in the slot is those bytes in region order, then a trailer.
+// `CopyEngine` owns jobs, checks and verdicts; a `CopyBackend` moves the bytes. A block's bytes in KV memory are
+// scattered over regions (one per layer, usually); its shard in the slot is those bytes in region order, then a
+// trailer.
 //
-// Guarantees: a job is reported once; after `cancel` returns no thread touches its memory; a load is COPY_OK only when
+// Guarantees: a job is reported once; after `cancel` returns nothing touches its memory; a load is COPY_OK only when
 // the slot held that very block before and after the copy, and its checksum fits where one is due.
 #pragma once
 
@@ -18,18 +18,12 @@
 #include <thread>
 #include <vector>
 
+#include "kvpool/copy_backend.h"
 #include "kvpool/mapping.h"
 
 namespace kvpool {
 
-enum class CopyStatus : uint8_t { kOk = 0, kStale = 1, kChecksum = 2, kCancelled = 3 };
-enum class Direction { kStore, kLoad };
-
-struct Region {
-    uint8_t* base;
-    uint64_t stride;  // from one block to the next
-    uint64_t bytes;   // of one block
-};
+enum class CopyStatus : uint8_t { kOk = 0, kStale = 1, kChecksum = 2, kCancelled = 3, kFailed = 4 };
 
 struct CopyBlock {
     SlotRef ref;
@@ -53,13 +47,15 @@ struct ShardTrailer {
 class CopyEngine {
   public:
     // `checksum`: every n-th block (by key) carries one; 0 = none, 1 = all.
-    CopyEngine(std::shared_ptr<PoolFile> file, std::vector<Region> regions, uint64_t shard_offset, uint32_t checksum,
-               unsigned threads);
+    CopyEngine(std::shared_ptr<PoolFile> file, std::unique_ptr<CopyBackend> backend, uint64_t shard_offset,
+               uint32_t checksum);
     ~CopyEngine();
     CopyEngine(const CopyEngine&) = delete;
 
     static uint64_t shard_bytes(const std::vector<Region>& regions);
-    uint64_t submit(Direction direction, std::vector<CopyBlock> blocks);
+    const CopyBackend& backend() const { return *backend_; }
+    // The copies come after all that `stream` (of the backend's device) has been given so far.
+    uint64_t submit(Direction direction, std::vector<CopyBlock> blocks, uint64_t stream = 0);
     std::vector<FinishedCopy> poll();
     void cancel(uint64_t job);
     void close();  // cancels all and joins the threads; `poll` may follow
@@ -69,24 +65,38 @@ class CopyEngine {
         uint64_t number;
         Direction direction;
         std::vector<CopyBlock> blocks;
+        Fence fence;
         std::vector<CopyStatus> status;
         uint64_t started_ns;
         size_t next = 0;  // first block that no thread has taken
-        size_t busy = 0;  // blocks being copied now
+        size_t busy = 0;  // batches being copied now
     };
     using Jobs = std::map<uint64_t, std::shared_ptr<Job>>;
+    // Blocks of one job that one thread copies.
+    struct Batch {
+        std::shared_ptr<Job> job;
+        size_t first;
+        size_t count;
+    };
 
-    void run();
-    std::shared_ptr<Job> next_job();  // with a block that no thread has taken; loads before stores
-    CopyStatus copy(Direction direction, const CopyBlock& block) const;
-    void store_shard(uint8_t* shard, uint32_t block, SlotRef ref, const BlockKey& key) const;
-    CopyStatus load_shard(const uint8_t* shard, uint32_t block, SlotRef ref, const BlockKey& key) const;
-    bool wants_checksum(const BlockKey& key) const { return checksum_ != 0 && key.tag() % checksum_ == 0; }
+    void run(unsigned thread);
+    std::shared_ptr<Job> next_job(unsigned thread);  // with a block that no thread has taken; loads before stores
+    Batch take(const std::shared_ptr<Job>& job) const;
+    void put_back(const Batch& batch, const std::vector<CopyStatus>& status);
     void finish(const std::shared_ptr<Job>& job);
 
+    std::vector<CopyStatus> copy(unsigned thread, const Batch& batch) const;
+    CopyStatus check_before(Direction direction, SlotRef ref) const;
+    CopyStatus check_after(Direction direction, SlotRef ref) const;
+    bool is_ours(Direction direction, SlotRef ref) const;
+    uint8_t* shard(SlotRef ref) const { return file_->payload(ref.slot) + shard_offset_; }
+    bool has_good_checksum(SlotRef ref) const;
+    void write_trailer(SlotRef ref) const;
+    bool wants_checksum(SlotRef ref) const;
+
     std::shared_ptr<PoolFile> file_;
-    std::vector<Region> regions_;
-    uint64_t payload_bytes_ = 0;
+    std::unique_ptr<CopyBackend> backend_;
+    uint64_t payload_bytes_;
     uint64_t shard_offset_;
     uint32_t checksum_;
 

@@ -1,0 +1,124 @@
+"""One vLLM engine without a server, for timings on a GPU: dummy weights, prompts of random token ids."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL_SHAPES = {
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 128256,
+    },
+}
+"""As Llama 3 8B and Llama 3.2 1B; `tiny` is for tests, and for trying the scripts out on a CPU."""
+TOKEN_IDS = range(1_000, 100_000)
+RESET_TRIES = 200
+SETTLE_S = 3.0
+"""After the start: what a connector does in the background is to be over."""
+
+
+def make_model(folder: Path, size: str) -> Path:
+    """A configuration only: vLLM makes up the weights (`load_format="dummy"`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "max_position_embeddings": 131_072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
+        "bos_token_id": 128_000,
+        "eos_token_id": 128_001,
+        "tie_word_embeddings": False,
+        **MODEL_SHAPES[size],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def kv_bytes_per_token(size: str, kv_cache_dtype: str = "auto") -> int:
+    shape = MODEL_SHAPES[size]
+    head = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    item = 1 if kv_cache_dtype.startswith("fp8") else 2
+    return 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * item
+
+
+class OfflineEngine:
+    """`start_s`: what making it took."""
+
+    def __init__(self, model: str, transfer: dict[str, Any] | None, **options: Any) -> None:
+        from vllm import LLM
+
+        connector = {} if transfer is None else {"kv_transfer_config": transfer}
+        begun = time.perf_counter()
+        self.llm = LLM(
+            model,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=40_000,
+            disable_log_stats=False,
+            enable_prefix_caching=True,
+            **connector,
+            **options,
+        )
+        self.start_s = time.perf_counter() - begun
+        self._draw = random.Random(0)
+        time.sleep(SETTLE_S)
+
+    def generate(self, prompt: list[int], num_tokens: int) -> tuple[float, list[int], int]:
+        """Seconds, greedy tokens, and how many of the prompt's tokens came from a cache."""
+        begun = time.perf_counter()
+        (output,) = self.llm.generate(
+            [{"prompt_token_ids": prompt}], self.sampling(num_tokens), use_tqdm=False
+        )
+        seconds = time.perf_counter() - begun
+        return seconds, list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+
+    @staticmethod
+    def sampling(num_tokens: int, **options: Any) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, **options
+        )
+
+    def forget_vram(self) -> None:
+        """Empties the engine's own prefix cache. It refuses while stores hold blocks: steps with a
+        small request let these end."""
+        for _ in range(RESET_TRIES):
+            if self.llm.reset_prefix_cache():
+                return
+            self.generate(random_prompt(self._draw, 40), 1)
+            time.sleep(0.02)
+        raise RuntimeError("the prefix cache cannot be reset: something holds its blocks")
+
+
+def random_prompt(draw: random.Random, length: int) -> list[int]:
+    return [draw.choice(TOKEN_IDS) for _ in range(length)]

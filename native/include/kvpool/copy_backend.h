@@ -1,0 +1,84 @@
+// How bytes move between KV memory and pool slots; `CopyEngine` decides what moves and when.
+//
+// Contract: `copy` returns when the bytes are where they belong, or never will be: no write arrives later. It is called
+// by the engine's threads, by each with its own number. `fence` is called by whoever submits a job and never waits.
+// After `close` nothing of the backend touches memory; it is called when no `copy` runs and none will.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kvpool/mapping.h"
+
+namespace kvpool {
+
+enum class Direction { kStore, kLoad };
+
+struct Region {
+    uint8_t* base;
+    uint64_t stride;  // from one block to the next
+    uint64_t bytes;   // of one block
+};
+
+// A block in KV memory, and the place of its bytes in the pool.
+struct BlockShard {
+    uint8_t* bytes;
+    uint32_t block;
+};
+
+// A point in the work of a compute stream: copies of the job that carries it come later. Null where copies need not
+// wait.
+using Fence = std::shared_ptr<void>;
+
+class CopyBackend {
+  public:
+    explicit CopyBackend(std::vector<Region> regions);
+    virtual ~CopyBackend() = default;
+    CopyBackend(const CopyBackend&) = delete;
+
+    const std::vector<Region>& regions() const { return regions_; }
+    uint64_t payload_bytes() const { return payload_bytes_; }  // of one block
+
+    virtual unsigned threads() const = 0;
+    virtual bool serves(unsigned thread, Direction direction) const = 0;
+    virtual size_t batch_blocks() const = 0;  // the most blocks that `copy` is given
+    virtual Fence fence(uint64_t stream) = 0;
+    // False: the device refused, see `error`; what has arrived of the bytes is unknown.
+    virtual bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards,
+                      const Fence& fence) = 0;
+    virtual void close() = 0;
+
+    // For the log and for tests.
+    virtual std::string describe() const = 0;
+    virtual std::string error() const = 0;          // the last one; empty while all went well
+    virtual uint64_t registered_bytes() const = 0;  // of the pool, known to the device
+
+  private:
+    std::vector<Region> regions_;
+    uint64_t payload_bytes_;
+};
+
+// memcpy on so many threads, a block at a time.
+std::unique_ptr<CopyBackend> cpu_backend(std::vector<Region> regions, unsigned threads);
+
+// How a GPU backend moves registered memory.
+enum class CudaWay {
+    kCalibrated,  // whichever is better for the layout on that device, tried out at start
+    kDriver,      // copies by the driver, in batches
+    kKernel,      // a kernel that gathers and scatters
+};
+
+struct CudaOptions {
+    int device = 0;
+    CudaWay way = CudaWay::kCalibrated;
+    std::string library = "libcuda.so.1";
+};
+
+// DMA by a CUDA device. std::system_error (ENODEV) when there is no such device or no driver; later errors are failed
+// copies. Needs CUDA at run time only.
+std::unique_ptr<CopyBackend> cuda_backend(std::shared_ptr<PoolFile> file, std::vector<Region> regions,
+                                          const CudaOptions& options);
+
+}  // namespace kvpool

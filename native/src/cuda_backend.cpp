@@ -1,0 +1,262 @@
+// Copies by a CUDA device: two threads for each direction, each with its stream, so that one batch is under way while
+// the next is being checked, and a load never waits for a store.
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "cuda_calibration.h"
+#include "cuda_fences.h"
+#include "cuda_gather.h"
+#include "cuda_handles.h"
+#include "cuda_pinning.h"
+#include "cuda_runs.h"
+
+namespace kvpool {
+namespace cuda {
+namespace {
+
+constexpr unsigned kThreads = 4;            // even ones load, odd ones store
+constexpr uint64_t kBatchBytes = 64 << 20;  // 1.2 ms at the link's speed, against some 30 us of our own
+constexpr int kFailuresInARow = 3;          // then the device is left alone
+constexpr auto kPopulatePoll = std::chrono::milliseconds(100);
+
+class CudaBackend final : public CopyBackend {
+  public:
+    CudaBackend(std::shared_ptr<PoolFile> file, std::vector<Region> regions, const CudaOptions& options);
+    ~CudaBackend() override { close(); }
+
+    unsigned threads() const override { return kThreads; }
+    bool serves(unsigned thread, Direction direction) const override { return direction_of(thread) == direction; }
+    size_t batch_blocks() const override { return std::max<size_t>(kBatchBytes / payload_bytes(), 1); }
+    Fence fence(uint64_t stream) override;
+    bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) override;
+    void close() override;
+    std::string describe() const override;
+    std::string error() const override;
+    uint64_t registered_bytes() const override { return pinning_.registered_bytes(); }
+
+  private:
+    // What one thread of the engine uses.
+    struct Lane {
+        Lane(const Driver& driver, int priority) : stream(driver, priority), done(driver) {}
+        Stream stream;
+        Event done;
+        bool entered = false;
+    };
+    static Direction direction_of(unsigned thread) { return thread % 2 == 0 ? Direction::kLoad : Direction::kStore; }
+
+    void open_lanes();
+    void move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence);
+    bool find_all(const std::vector<BlockShard>& shards, std::vector<CUdeviceptr>& addresses) const;
+
+    // On a thread of its own: the engine need not wait for any of it.
+    void prepare();
+    void choose_ways();
+    void register_pool();
+
+    void note(const CudaError& error);     // for the log
+    void refused(const CudaError& error);  // and counted
+
+    const Driver& driver_;
+    Context context_;
+    std::vector<Region> merged_;
+    CudaWay wanted_;
+    FencePool fences_;
+    Runs runs_;
+    std::array<std::unique_ptr<Lane>, kThreads> lanes_;
+    PoolPinning pinning_;
+
+    // Written before the first chunk is registered, read for registered ones only.
+    std::unique_ptr<Gather> gather_;
+    Ways ways_;
+    std::atomic<bool> chosen_{false};
+
+    std::atomic<int> failures_{0};  // in a row
+    std::atomic<bool> off_{false};
+
+    mutable std::mutex mutex_;  // guards what follows
+    std::condition_variable wake_;
+    std::string error_;
+    bool closing_ = false;
+    std::thread preparing_;
+};
+
+CudaBackend::CudaBackend(std::shared_ptr<PoolFile> file, std::vector<Region> regions, const CudaOptions& options)
+    : CopyBackend(std::move(regions)),
+      driver_(Driver::load(options.library)),
+      context_(driver_, options.device),
+      merged_(merge_regions(this->regions())),
+      wanted_(options.way),
+      fences_(driver_, context_),
+      runs_(driver_, merged_),
+      pinning_(driver_, std::move(file)) {
+    try {
+        open_lanes();
+    } catch (const CudaError& error) {
+        throw std::system_error(ENODEV, std::generic_category(), error.what());
+    }
+    preparing_ = std::thread([this] { prepare(); });
+}
+
+void CudaBackend::open_lanes() {
+    Visit visit(driver_, context_);
+    int least = 0, greatest = 0;
+    driver_.ctx_get_stream_priority_range(&least, &greatest);
+    for (unsigned thread = 0; thread < kThreads; ++thread) {
+        // A request waits for its load, nobody waits for a store.
+        bool load = direction_of(thread) == Direction::kLoad;
+        lanes_[thread] = std::make_unique<Lane>(driver_, load ? greatest : least);
+    }
+}
+
+void CudaBackend::close() {
+    {
+        std::lock_guard lock(mutex_);
+        closing_ = true;
+        wake_.notify_all();
+    }
+    if (preparing_.joinable()) preparing_.join();
+    off_ = true;
+    fences_.close();
+    // Quiet, and as good as it gets: at the end of a process the driver may be gone already.
+    bool visiting = driver_.ctx_push_current.quietly(context_.get()) == kSuccess;
+    for (auto& lane : lanes_) lane.reset();
+    gather_.reset();
+    pinning_.close();
+    CUcontext popped;
+    if (visiting) driver_.ctx_pop_current.quietly(&popped);
+}
+
+Fence CudaBackend::fence(uint64_t stream) {
+    if (off_) return nullptr;
+    try {
+        return fences_.record(stream);
+    } catch (const CudaError& error) {
+        refused(error);
+        return nullptr;
+    }
+}
+
+bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards,
+                       const Fence& fence) {
+    if (off_ || fence == nullptr) return false;
+    Lane& lane = *lanes_[thread];
+    try {
+        if (!lane.entered) context_.enter_thread();
+        lane.entered = true;
+        move(lane, direction, shards, fence);
+        failures_ = 0;
+        return true;
+    } catch (const CudaError& error) {
+        refused(error);
+        driver_.stream_synchronize.quietly(lane.stream.get());  // what was enqueued before the error ends here
+        return false;
+    }
+}
+
+void CudaBackend::move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) {
+    CUstream stream = lane.stream.get();
+    CUevent fenced = FencePool::event(fence);
+    std::vector<CUdeviceptr> addresses;
+    if (!find_all(shards, addresses)) {
+        driver_.event_synchronize(fenced);  // not in the driver, which might hold up other threads meanwhile
+        runs_.enqueue_each(direction, shards, stream);
+    } else {
+        driver_.stream_wait_event(stream, fenced, 0);
+        if (ways_.of(direction) == CudaWay::kKernel && Gather::fits(addresses)) {
+            gather_->enqueue(direction, shards, addresses, stream);
+        } else {
+            runs_.enqueue(direction, shards, stream);
+        }
+    }
+    driver_.event_record(lane.done.get(), stream);
+    driver_.event_synchronize(lane.done.get());
+}
+
+bool CudaBackend::find_all(const std::vector<BlockShard>& shards, std::vector<CUdeviceptr>& addresses) const {
+    addresses.reserve(shards.size());
+    for (const BlockShard& shard : shards) {
+        addresses.push_back(pinning_.find(shard.bytes, payload_bytes()));
+        if (addresses.back() == 0) return false;
+    }
+    return true;
+}
+
+void CudaBackend::prepare() {
+    try {
+        context_.enter_thread();
+    } catch (const CudaError& error) {
+        return note(error);
+    }
+    choose_ways();
+    register_pool();
+}
+
+void CudaBackend::choose_ways() {
+    try {
+        if (wanted_ != CudaWay::kDriver && Gather::fits(merged_)) {
+            Ways ways{wanted_, wanted_};
+            if (wanted_ == CudaWay::kCalibrated) ways = calibrate(driver_, context_.device_name(), merged_);
+            gather_ = std::make_unique<Gather>(driver_, merged_);
+            ways_ = ways;
+        }
+    } catch (const CudaError& error) {
+        note(error);  // the driver's way is left
+    }
+    chosen_ = true;
+}
+
+void CudaBackend::register_pool() {
+    std::unique_lock lock(mutex_);
+    while (!closing_ && !off_ && !pinning_.is_complete()) {
+        lock.unlock();
+        bool registered = true;
+        try {
+            registered = pinning_.register_next();
+        } catch (const CudaError& error) {
+            note(error);
+            if (error.is_final()) off_ = true;
+        }
+        lock.lock();
+        if (!registered) wake_.wait_for(lock, kPopulatePoll, [this] { return closing_; });
+    }
+}
+
+void CudaBackend::note(const CudaError& error) {
+    std::lock_guard lock(mutex_);
+    error_ = error.what();
+}
+
+void CudaBackend::refused(const CudaError& error) {
+    note(error);
+    if (error.is_final() || ++failures_ >= kFailuresInARow) off_ = true;
+}
+
+std::string CudaBackend::error() const {
+    std::lock_guard lock(mutex_);
+    return error_;
+}
+
+std::string CudaBackend::describe() const {
+    auto name = [](CudaWay way) { return way == CudaWay::kKernel ? "kernel" : "driver"; };
+    std::string text = "cuda " + context_.device_name();
+    if (off_) return text + ", switched off";
+    if (!chosen_) return text + ", not calibrated yet";
+    return text + ", loads by " + name(ways_.load) + ", stores by " + name(ways_.store);
+}
+
+}  // namespace
+}  // namespace cuda
+
+std::unique_ptr<CopyBackend> cuda_backend(std::shared_ptr<PoolFile> file, std::vector<Region> regions,
+                                          const CudaOptions& options) {
+    return std::make_unique<cuda::CudaBackend>(std::move(file), std::move(regions), options);
+}
+
+}  // namespace kvpool

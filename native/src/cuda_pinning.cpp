@@ -1,0 +1,108 @@
+#include "cuda_pinning.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace kvpool::cuda {
+namespace {
+
+constexpr uint64_t kChunkBytes = 512 << 20;
+
+// A range can be registered once in a process, and engines over one view share their mapping.
+class Registrations {
+  public:
+    static Registrations& of_process() {
+        static Registrations all;
+        return all;
+    }
+    void acquire(const Driver& driver, uint8_t* begin, uint64_t bytes) {
+        std::lock_guard lock(mutex_);
+        if (users_.count(begin) == 0) driver.mem_host_register(begin, bytes, kHostPortable | kHostDeviceMap);
+        ++users_[begin];
+    }
+    void release(const Driver& driver, uint8_t* begin) {
+        std::lock_guard lock(mutex_);
+        if (--users_[begin] > 0) return;
+        driver.mem_host_unregister.quietly(begin);
+        users_.erase(begin);
+    }
+
+  private:
+    std::mutex mutex_;
+    std::map<uint8_t*, unsigned> users_;
+};
+
+}  // namespace
+
+PoolPinning::PoolPinning(const Driver& driver, std::shared_ptr<PoolFile> file)
+    : driver_(driver),
+      file_(std::move(file)),
+      slabs_per_chunk_(std::max<uint64_t>(kChunkBytes / file_->geometry().slab_bytes, 1)),
+      chunks_((file_->geometry().num_slabs + slabs_per_chunk_ - 1) / slabs_per_chunk_) {}
+
+void PoolPinning::close() {
+    for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
+        if (chunks_[chunk].device.exchange(0) != 0) Registrations::of_process().release(driver_, begin(chunk));
+    }
+    registered_bytes_ = 0;
+}
+
+uint64_t PoolPinning::end_slab(size_t chunk) const {
+    return std::min(first_slab(chunk + 1), file_->geometry().num_slabs);
+}
+
+uint8_t* PoolPinning::begin(size_t chunk) const {
+    return file_->base() + file_->geometry().slab_at(first_slab(chunk));
+}
+
+uint64_t PoolPinning::bytes_of(size_t chunk) const {
+    return (end_slab(chunk) - first_slab(chunk)) * file_->geometry().slab_bytes;
+}
+
+bool PoolPinning::exists(size_t chunk) const {
+    for (uint64_t slab = first_slab(chunk); slab < end_slab(chunk); ++slab) {
+        if (file_->slabs()[slab].populated.load(std::memory_order_acquire) == 0) return false;
+    }
+    return true;
+}
+
+bool PoolPinning::register_next() {
+    for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
+        if (chunks_[chunk].tried || !exists(chunk)) continue;
+        chunks_[chunk].tried = true;
+        do_register(chunk);
+        return true;
+    }
+    return false;
+}
+
+void PoolPinning::do_register(size_t chunk) {
+    Registrations& registrations = Registrations::of_process();
+    registrations.acquire(driver_, begin(chunk), bytes_of(chunk));
+    CUdeviceptr device = 0;
+    try {
+        driver_.mem_host_get_device_pointer(&device, begin(chunk), 0);
+    } catch (...) {
+        registrations.release(driver_, begin(chunk));
+        throw;
+    }
+    chunks_[chunk].device.store(device, std::memory_order_release);
+    registered_bytes_.fetch_add(bytes_of(chunk), std::memory_order_release);
+}
+
+bool PoolPinning::is_complete() const {
+    return std::all_of(chunks_.begin(), chunks_.end(), [](const Chunk& chunk) { return chunk.tried; });
+}
+
+CUdeviceptr PoolPinning::find(const uint8_t* bytes, uint64_t count) const {
+    auto offset = static_cast<uint64_t>(bytes - begin(0));
+    uint64_t chunk = offset / (slabs_per_chunk_ * file_->geometry().slab_bytes);
+    if (bytes < begin(0) || chunk >= chunks_.size()) return 0;
+    auto in_chunk = static_cast<uint64_t>(bytes - begin(chunk));
+    CUdeviceptr device = chunks_[chunk].device.load(std::memory_order_acquire);
+    return device == 0 || in_chunk + count > bytes_of(chunk) ? 0 : device + in_chunk;
+}
+
+}  // namespace kvpool::cuda

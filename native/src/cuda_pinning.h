@@ -1,0 +1,51 @@
+// Registers the pool's slabs with CUDA, so that a device reads and writes them without a detour.
+//
+// In chunks: a driver refuses ranges of hundreds of GiB, and may hold up other calls while it works on one (about 50 ms
+// a GiB). A chunk is registered when the daemon has made all of its pages; before that the pages would be ours to make
+// and to pay for. Chunks are whole slabs, so no slot lies in two.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "cuda_driver.h"
+#include "kvpool/mapping.h"
+
+namespace kvpool::cuda {
+
+class PoolPinning {
+  public:
+    PoolPinning(const Driver& driver, std::shared_ptr<PoolFile> file);
+    ~PoolPinning() { close(); }
+    PoolPinning(const PoolPinning&) = delete;
+
+    // One thread calls these, with the context current; the others are for all.
+    bool register_next();  // false: nothing is due now. CudaError: that chunk stays as it is for good
+    bool is_complete() const;
+    void close();  // all is unregistered
+
+    // The device's address of a range; 0 unless all of it is registered.
+    CUdeviceptr find(const uint8_t* bytes, uint64_t count) const;
+    uint64_t registered_bytes() const { return registered_bytes_.load(std::memory_order_acquire); }
+
+  private:
+    struct Chunk {
+        std::atomic<CUdeviceptr> device{0};
+        bool tried = false;
+    };
+    uint64_t first_slab(size_t chunk) const { return chunk * slabs_per_chunk_; }
+    uint64_t end_slab(size_t chunk) const;
+    uint8_t* begin(size_t chunk) const;
+    uint64_t bytes_of(size_t chunk) const;
+    bool exists(size_t chunk) const;
+    void do_register(size_t chunk);
+
+    const Driver& driver_;
+    std::shared_ptr<PoolFile> file_;
+    uint64_t slabs_per_chunk_;
+    std::vector<Chunk> chunks_;
+    std::atomic<uint64_t> registered_bytes_{0};
+};
+
+}  // namespace kvpool::cuda

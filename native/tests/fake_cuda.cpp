@@ -1,0 +1,356 @@
+// A CUDA driver on the CPU, with the entry points that the backend uses. Everything is done at once, but for work that
+// a test holds back; device memory is ordinary memory; the kernels are gather.cu's, in C++. It is stricter than a real
+// one: a kernel must use mapped addresses (which differ from the host's here), and touch registered memory only.
+#include "fake_cuda.h"
+
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "cuda_driver.h"
+#include "gather_abi.h"
+
+using namespace kvpool::cuda;
+
+struct kvpool::cuda::CUevent_st {
+    bool slow = false;  // recorded on the slow stream while that was held
+};
+
+namespace {
+
+constexpr CUresult kInvalidValue = 1, kInvalidDevice = 101, kIllegalAddress = 700, kAlready = 712, kNot = 713;
+constexpr CUdeviceptr kMapped = 1ull << 60;  // added to a host address where a device sees it
+
+struct State {
+    std::mutex mutex;  // guards all
+    std::condition_variable changed;
+    std::map<std::string, std::pair<CUresult, int>> failing;
+    std::map<std::string, uint64_t> calls;
+    std::map<CUdeviceptr, size_t> registered;
+    uint64_t batched = 0;
+    size_t alive = 0;
+    bool held = false;
+    int slow_stream = 0, stream = 0, context = 0, module = 0, load = 0, store = 0;  // for their addresses
+};
+
+State& state() {
+    static State* all = new State;
+    return *all;
+}
+
+// Counts a call; its error, if the test asked for one.
+CUresult enter(const char* symbol) {
+    std::lock_guard lock(state().mutex);
+    ++state().calls[symbol];
+    auto failing = state().failing.find(symbol);
+    if (failing == state().failing.end() || failing->second.second == 0) return kSuccess;
+    --failing->second.second;
+    return failing->second.first;
+}
+
+#define ENTER(symbol) \
+    if (CUresult failed = enter(symbol); failed != kSuccess) return failed
+
+void count(int change) {
+    std::lock_guard lock(state().mutex);
+    state().alive += static_cast<size_t>(change);
+}
+
+template <class T>
+T pointer(CUdeviceptr address) {
+    return reinterpret_cast<T>(address);
+}
+
+bool is_registered(CUdeviceptr address, size_t bytes) {
+    std::lock_guard lock(state().mutex);
+    auto after = state().registered.upper_bound(address);
+    if (after == state().registered.begin()) return false;
+    auto range = std::prev(after);
+    return address + bytes <= range->first + range->second;
+}
+
+CUresult wait_for(CUevent event) {
+    std::unique_lock lock(state().mutex);
+    state().changed.wait(lock, [&] { return !event->slow || !state().held; });
+    return kSuccess;
+}
+
+[[maybe_unused]] CUresult batch(CUdeviceptr* to, CUdeviceptr* from, size_t* bytes, size_t count,
+                                CUmemcpyAttributes* attributes, size_t* first, size_t num_attributes, CUstream stream) {
+    ENTER("cuMemcpyBatchAsync");
+    if (stream == nullptr || num_attributes != 1 || *first != 0 || count == 0) return kInvalidValue;
+    if (attributes->src_access_order != kSrcAccessOrderStream) return kInvalidValue;
+    for (size_t i = 0; i < count; ++i) {
+        if (!is_registered(to[i], bytes[i]) && !is_registered(from[i], bytes[i])) return kInvalidValue;
+        std::memcpy(pointer<void*>(to[i]), pointer<void*>(from[i]), bytes[i]);
+    }
+    std::lock_guard lock(state().mutex);
+    state().batched += count;
+    return kSuccess;
+}
+
+CUresult gather(bool load, const GatherPiece* pieces, unsigned num_pieces, unsigned num_blocks,
+                const GatherBlocks& blocks) {
+    for (unsigned work = 0; work < num_pieces * num_blocks; ++work) {
+        const GatherPiece& piece = pieces[work % num_pieces];
+        unsigned number = work / num_pieces;
+        CUdeviceptr kv = piece.kv + blocks.block[number] * piece.stride;
+        CUdeviceptr shard = blocks.shard[number] + piece.offset - kMapped;
+        if (!is_registered(shard, piece.bytes)) return kIllegalAddress;
+        if ((kv | shard | piece.bytes) % 16 != 0) return kIllegalAddress;
+        std::memcpy(pointer<void*>(load ? kv : shard), pointer<void*>(load ? shard : kv), piece.bytes);
+    }
+    return kSuccess;
+}
+
+void fail(const char* symbol, int result, int times) {
+    std::lock_guard lock(state().mutex);
+    state().failing[symbol] = {result, times};
+}
+
+uint64_t calls(const char* symbol) {
+    std::lock_guard lock(state().mutex);
+    return state().calls[symbol];
+}
+
+uint64_t batched() {
+    std::lock_guard lock(state().mutex);
+    return state().batched;
+}
+
+void hold(bool held) {
+    std::lock_guard lock(state().mutex);
+    state().held = held;
+    state().changed.notify_all();
+}
+
+size_t registered() {
+    std::lock_guard lock(state().mutex);
+    return state().registered.size();
+}
+
+size_t alive() {
+    std::lock_guard lock(state().mutex);
+    return state().alive;
+}
+
+}  // namespace
+
+extern "C" {
+
+FakeCuda* fake_cuda() {
+    static FakeCuda all{fail,       calls, batched, hold, reinterpret_cast<uint64_t>(&state().slow_stream),
+                        registered, alive};
+    return &all;
+}
+
+CUresult cuInit(unsigned) {
+    return kSuccess;
+}
+
+CUresult cuGetErrorName(CUresult result, const char** name) {
+    static const std::map<CUresult, const char*> names = {{kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},
+                                                          {2, "CUDA_ERROR_OUT_OF_MEMORY"},
+                                                          {kIllegalAddress, "CUDA_ERROR_ILLEGAL_ADDRESS"}};
+    auto found = names.find(result);
+    *name = found == names.end() ? nullptr : found->second;
+    return found == names.end() ? kInvalidValue : kSuccess;
+}
+
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+    *device = ordinal;
+    return ordinal == 0 ? kSuccess : kInvalidDevice;
+}
+
+CUresult cuDeviceGetName(char* name, int bytes, CUdevice) {
+    std::strncpy(name, "Fake", static_cast<size_t>(bytes));
+    return kSuccess;
+}
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {
+    ENTER("cuDevicePrimaryCtxRetain");
+    *context = reinterpret_cast<CUcontext>(&state().context);
+    count(1);
+    return kSuccess;
+}
+
+CUresult cuDevicePrimaryCtxRelease_v2(CUdevice) {
+    count(-1);
+    return kSuccess;
+}
+
+CUresult cuCtxSetCurrent(CUcontext) {
+    return kSuccess;
+}
+
+CUresult cuCtxPushCurrent_v2(CUcontext) {
+    return kSuccess;
+}
+
+CUresult cuCtxPopCurrent_v2(CUcontext* context) {
+    *context = nullptr;
+    return kSuccess;
+}
+
+CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+    *least = 0;
+    *greatest = -5;
+    return kSuccess;
+}
+
+CUresult cuThreadExchangeStreamCaptureMode(int* mode) {
+    return *mode == kCaptureModeRelaxed ? kSuccess : kInvalidValue;
+}
+
+CUresult cuStreamCreateWithPriority(CUstream* stream, unsigned, int) {
+    ENTER("cuStreamCreateWithPriority");
+    *stream = reinterpret_cast<CUstream>(&state().stream);
+    count(1);
+    return kSuccess;
+}
+
+CUresult cuStreamDestroy_v2(CUstream) {
+    count(-1);
+    return kSuccess;
+}
+
+CUresult cuStreamSynchronize(CUstream) {
+    return enter("cuStreamSynchronize");
+}
+
+CUresult cuStreamWaitEvent(CUstream, CUevent event, unsigned) {
+    ENTER("cuStreamWaitEvent");
+    return wait_for(event);
+}
+
+CUresult cuEventCreate(CUevent* event, unsigned) {
+    ENTER("cuEventCreate");
+    *event = new CUevent_st;
+    count(1);
+    return kSuccess;
+}
+
+CUresult cuEventDestroy_v2(CUevent event) {
+    delete event;
+    count(-1);
+    return kSuccess;
+}
+
+CUresult cuEventRecord(CUevent event, CUstream stream) {
+    ENTER("cuEventRecord");
+    std::lock_guard lock(state().mutex);
+    event->slow = state().held && stream == reinterpret_cast<CUstream>(&state().slow_stream);
+    return kSuccess;
+}
+
+CUresult cuEventSynchronize(CUevent event) {
+    ENTER("cuEventSynchronize");
+    return wait_for(event);
+}
+
+CUresult cuMemAlloc_v2(CUdeviceptr* memory, size_t bytes) {
+    ENTER("cuMemAlloc");
+    *memory = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
+    count(1);
+    return kSuccess;
+}
+
+CUresult cuMemFree_v2(CUdeviceptr memory) {
+    if (memory != 0) count(-1);
+    std::free(pointer<void*>(memory));
+    return kSuccess;
+}
+
+CUresult cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
+    ENTER("cuMemHostRegister");
+    std::lock_guard lock(state().mutex);
+    bool added = state().registered.emplace(reinterpret_cast<CUdeviceptr>(memory), bytes).second;
+    return added ? kSuccess : kAlready;
+}
+
+CUresult cuMemHostUnregister(void* memory) {
+    std::lock_guard lock(state().mutex);
+    return state().registered.erase(reinterpret_cast<CUdeviceptr>(memory)) == 1 ? kSuccess : kNot;
+}
+
+CUresult cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) {
+    *memory = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+    count(1);
+    return cuMemHostRegister_v2(*memory, bytes, flags);
+}
+
+CUresult cuMemFreeHost(void* memory) {
+    cuMemHostUnregister(memory);
+    std::free(memory);
+    count(-1);
+    return kSuccess;
+}
+
+CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* memory, unsigned) {
+    ENTER("cuMemHostGetDevicePointer");
+    *device = reinterpret_cast<CUdeviceptr>(memory) + kMapped;
+    return is_registered(*device - kMapped, 1) ? kSuccess : kInvalidValue;
+}
+
+CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream) {
+    ENTER("cuMemcpyHtoDAsync");
+    std::memcpy(pointer<void*>(to), from, bytes);
+    return kSuccess;
+}
+
+CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream) {
+    ENTER("cuMemcpyDtoHAsync");
+    std::memcpy(to, pointer<void*>(from), bytes);
+    return kSuccess;
+}
+
+CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+    ENTER("cuModuleLoadData");
+    if (std::strstr(static_cast<const char*>(image), ".entry kvpool_load") == nullptr) return kInvalidValue;
+    *module = reinterpret_cast<CUmodule>(&state().module);
+    count(1);
+    return kSuccess;
+}
+
+CUresult cuModuleUnload(CUmodule) {
+    count(-1);
+    return kSuccess;
+}
+
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
+    bool load = std::strcmp(name, "kvpool_load") == 0;
+    *function = reinterpret_cast<CUfunction>(load ? &state().load : &state().store);
+    return kSuccess;
+}
+
+CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned,
+                        unsigned, CUstream, void** parameters, void**) {
+    ENTER("cuLaunchKernel");
+    if (grid == 0 || threads != kGatherThreads) return kInvalidValue;
+    auto* pieces = pointer<const GatherPiece*>(*static_cast<CUdeviceptr*>(parameters[0]));
+    return gather(function == reinterpret_cast<CUfunction>(&state().load), pieces,
+                  *static_cast<unsigned*>(parameters[1]), *static_cast<unsigned*>(parameters[2]),
+                  *static_cast<GatherBlocks*>(parameters[3]));
+}
+
+#if FAKE_CUDA_BATCH == 1
+CUresult cuMemcpyBatchAsync(CUdeviceptr* to, CUdeviceptr* from, size_t* bytes, size_t count,
+                            CUmemcpyAttributes* attributes, size_t* first, size_t num_attributes, size_t* failed,
+                            CUstream stream) {
+    *failed = 0;
+    return batch(to, from, bytes, count, attributes, first, num_attributes, stream);
+}
+#elif FAKE_CUDA_BATCH == 2
+// Of 12.8, and not for us when the other is there.
+CUresult cuMemcpyBatchAsync() {
+    return kInvalidValue;
+}
+CUresult cuMemcpyBatchAsync_v2(CUdeviceptr* to, CUdeviceptr* from, size_t* bytes, size_t count,
+                               CUmemcpyAttributes* attributes, size_t* first, size_t num_attributes, CUstream stream) {
+    return batch(to, from, bytes, count, attributes, first, num_attributes, stream);
+}
+#endif
+}

@@ -1,0 +1,120 @@
+"""Workers and their device: when they map the pool, and what becomes of copies that a device refuses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+from helpers import Daemon, until
+
+from vllm_kvpool import _native
+from vllm_kvpool._native import COPY_FAILED, CopyEngine
+from vllm_kvpool.connector.device import KVDevice
+from vllm_kvpool.connector.loads import STATUS_REASONS
+from vllm_kvpool.types import SlotRefs, num_refs
+
+MakeEngine = Callable[..., MiniEngine]
+PROMPT = prompt_of(1, 10 * BLOCK + 1)
+BLOCKS = 10
+
+
+def step_while_idle(engine: MiniEngine) -> None:
+    """As vLLM's core does as long as there is anything to do, a request or not."""
+    give_up = time.monotonic() + 10
+    while engine.scheduler.has_requests():
+        assert time.monotonic() < give_up, "the engine never rests"
+        engine.step()
+
+
+def test_workers_map_the_pool_before_the_first_request(make_engine: MakeEngine) -> None:
+    """Mapping it, and registering it with a GPU, takes time that no request should wait for."""
+    engine = make_engine(connect=False, tensor_parallel_size=2)
+    assert all(worker.connector._worker._attached is None for worker in engine.workers)
+    step_while_idle(engine)
+    assert all(worker.connector._worker._attached is not None for worker in engine.workers)
+    assert engine.connector._scheduler._attachment(False) is None, "told again without need"
+    assert engine.generate(PROMPT) == (expected_output(PROMPT), 0)
+
+
+def test_engine_without_a_daemon_rests_soon(make_engine: MakeEngine, daemon: Daemon) -> None:
+    daemon.kill()
+    engine = make_engine(connect=False)
+    step_while_idle(engine)
+    assert engine.generate(PROMPT) == (expected_output(PROMPT), 0)
+    daemon.start()
+    engine.wait_connected()
+    assert engine.generate(prompt_of(2, 5 * BLOCK))[1] == 0
+    assert engine.worker._worker._attached is not None
+
+
+class BrokenCopies:
+    """A copy engine whose device refuses everything."""
+
+    error = "CUDA_ERROR_ILLEGAL_ADDRESS"
+
+    def __init__(self, engine: CopyEngine) -> None:
+        self._engine = engine
+        self._ended: list[tuple[int, bytes, int]] = []
+        self._numbers = 0
+
+    def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
+        self._numbers += 1
+        self._ended.append((self._numbers, bytes([COPY_FAILED]) * num_refs(refs), 1))
+        return self._numbers
+
+    submit_store = submit_load
+
+    def poll(self) -> list[tuple[int, bytes, int]]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def cancel(self, number: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def break_copies(engine: MiniEngine) -> None:
+    engine.step()  # an empty one will do
+    attached = engine.worker._worker._attached
+    attached.engine = BrokenCopies(attached.engine)
+
+
+def test_load_that_the_device_refuses_is_computed(
+    make_engine: MakeEngine, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    engine.generate(PROMPT, 1)
+    until(lambda: daemon.counter("ready") == BLOCKS)
+    break_copies(engine)
+    for _ in range(2):
+        engine.reset_prefix_cache()
+        assert engine.generate(PROMPT)[0] == expected_output(PROMPT)
+    assert engine.stats["load_failed_blocks:device"] == 2 * BLOCKS
+    assert caplog.text.count("copies failed: CUDA_ERROR_ILLEGAL_ADDRESS") == 1
+    assert engine.free_blocks == 255
+
+
+def test_store_that_the_device_refuses_is_skipped(make_engine: MakeEngine, daemon: Daemon) -> None:
+    engine = make_engine()
+    break_copies(engine)
+    assert engine.generate(PROMPT, 1) == (expected_output(PROMPT, 1), 0)
+    assert engine.stats["store_skipped_blocks:copy_failed"] >= BLOCKS
+    until(lambda: daemon.counter("writing") == 0)
+    assert daemon.counter("ready") == 0
+    assert engine.free_blocks == 255
+
+
+def test_memory_of_this_process_has_no_stream_to_wait_for() -> None:
+    device = KVDevice.of(torch.zeros(1))
+    assert device == KVDevice(-1)
+    assert device.stream() == 0
+
+
+def test_every_bad_end_of_a_load_has_its_reason() -> None:
+    statuses = {value for name, value in vars(_native).items() if name.startswith("COPY_")}
+    assert set(STATUS_REASONS) == statuses - {_native.COPY_OK}
