@@ -6,8 +6,7 @@ a daemon runs. Stores go through the daemon; `poll` moves messages and returns t
     no view       no pool file yet, looked for every second
     away          a view perhaps, but no daemon: Hello is sent every second until one answers
     draining      the daemon serves another pool (or gave us another lease bitmap): matches are
-    empty until the leases
-                  on the old one are released, then the new one is mapped
+                  empty until the leases on the old one are released, then the new one is mapped
     connected     stores go
 
 Away again on: a new epoch in the header, Error("hello"), an answer overdue, the lock or pool file

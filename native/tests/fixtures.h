@@ -29,7 +29,7 @@ class Folder {
   public:
     Folder() {
         const char* base = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : "/tmp";
-        std::string pattern = std::string(base) + "/kvpool-test-XXXXXX";
+        std::string pattern = std::string(base) + "/kvpool-test-XXXXXX";  // mkdtemp fills the X in
         if (mkdtemp(pattern.data()) == nullptr) throw_errno(pattern);
         path_ = pattern;
         std::filesystem::create_directory(path_ + "/clients");

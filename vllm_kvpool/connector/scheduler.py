@@ -131,8 +131,10 @@ class SchedulerSide:
     @property
     def introducing(self) -> bool:
         """Whether the engine has just started and the workers have not heard of the pool yet."""
+        if self._announced is not None:
+            return False
         self._link.start()
-        return self._link.settling or (self._link.connected and self._announced is None)
+        return self._link.settling or self._link.connected
 
     # engine ---------------------------------------------------------------------------------------
 
