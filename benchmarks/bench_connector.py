@@ -3,7 +3,7 @@
     python -m benchmarks.bench_connector [--hooks | --overhead] [--json FILE]
 
 Hooks: prompts of 32k tokens in blocks of 32 tokens (the smallest that vLLM has on a CPU: 1,024
-blocks) with 64 tokens of output, each new, then loaded from the pool six times. The engine's first request, which
+blocks) with 64 tokens of output, each new, then loaded from the pool twelve times. The engine's first request, which
 connects to the pool, is left out. Overhead: four engines, two with the connector and two
 without, take turns with new prompts, after a rest each. Two of each kind, because on a CPU equal engines differ (by how
 their memory happens to lie) more than by what is measured here.
@@ -31,7 +31,7 @@ from benchmarks.report import percentile, write_json
 from benchmarks.tiny_model import make_tiny_model
 
 SEED = 5
-LONG_PROMPTS, LONG_TOKENS, LONG_OUTPUT, LOADS = 16, 32_768, 64, 6
+LONG_PROMPTS, LONG_TOKENS, LONG_OUTPUT, LOADS = 16, 32_768, 64, 12
 TWINS, ROUNDS, BATCH = 2, 12, 4
 PROMPT_TOKENS, OUTPUT_TOKENS = 1_000, 48
 WARM_UP_ROUNDS = 1
