@@ -62,7 +62,7 @@ class Channel:
             return None
         try:
             reply: AnyReply = protocol.decode_reply(self._socket.recv(NOBLOCK))
-        except (zmq.Again, msgspec.DecodeError):
+        except (zmq.Again, *protocol.DECODE_ERRORS):
             return None
         return reply
 

@@ -6,7 +6,8 @@ a daemon runs. Stores go through the daemon; `poll` moves messages and returns t
     no view       no pool file yet, looked for every second
     away          a view perhaps, but no daemon: Hello is sent every second until one answers
     draining      the daemon serves another pool (or gave us another lease bitmap): matches are
-                  empty until the leases on the old one are released, then the new one is mapped
+                  empty until what is leased and granted in the old one has ended, then the new one
+                  is mapped
     connected     stores go
 
 Away again on: a new epoch in the header, Error("hello"), an answer overdue, the lock or pool file
@@ -322,14 +323,14 @@ class PoolClient:
             self._next_try_ms = now_ms() + UNSENT_RETRY_MS
 
     def _adopt(self, welcome: Welcome) -> None:
-        """Use the pool and the lease bitmap that the daemon named, as soon as no lease on others is
-        held."""
+        """Use the pool and the lease bitmap that the daemon named, as soon as nothing of others is held: no
+        lease, and no grant, whose references could name somebody's slots in the new pool."""
         same_pool = self.view is not None and self.view.pool_id == welcome.pool_id
         if same_pool and self._bitmap == welcome.client:
             self._enter()
             return
         self._draining = True
-        if self.view is not None and self.view.leased_slots:
+        if self.view is not None and (self.view.leased_slots or self._ledger.holds_grants):
             return
         if not same_pool and not self._remap(welcome):
             return

@@ -154,6 +154,10 @@ class StoreLedger:
         return True
 
     @property
+    def holds_grants(self) -> bool:
+        return bool(self._granted)
+
+    @property
     def outstanding(self) -> bool:
         """Whether the daemon owes an answer, or will when a completion has been sent again."""
         return bool(self._prepares or self._completions)

@@ -1,5 +1,7 @@
 #include "kvpool/chains.h"
 
+#include <utility>
+
 namespace kvpool {
 
 bool Chains::link(uint32_t child, uint32_t parent) {
@@ -13,21 +15,24 @@ bool Chains::link(uint32_t child, uint32_t parent) {
     }
     Links& links = links_[child];
     links.parent = parent + 1;
-    links.next_sibling = links_[parent].first_child;
-    if (links.next_sibling != 0) links_[links.next_sibling - 1].prev_sibling = child + 1;
-    links_[parent].first_child = child + 1;
+    uint32_t first = links_[parent].first_child;
+    if (first == 0) {
+        links_[parent].first_child = links.prev_sibling = child + 1;
+        return true;
+    }
+    links.prev_sibling = std::exchange(links_[first - 1].prev_sibling, child + 1);
+    links_[links.prev_sibling - 1].next_sibling = child + 1;
     return true;
 }
 
 void Chains::unlink(uint32_t slot) {
     Links& links = links_[slot];
     if (links.parent != 0) {
-        if (links.prev_sibling != 0) {
-            links_[links.prev_sibling - 1].next_sibling = links.next_sibling;
-        } else {
-            links_[links.parent - 1].first_child = links.next_sibling;
-        }
-        if (links.next_sibling != 0) links_[links.next_sibling - 1].prev_sibling = links.prev_sibling;
+        uint32_t& first = links_[links.parent - 1].first_child;
+        bool was_first = first == slot + 1;
+        (was_first ? first : links_[links.prev_sibling - 1].next_sibling) = links.next_sibling;
+        uint32_t behind = links.next_sibling != 0 ? links.next_sibling : first;  // the last one's place is with the first
+        if (behind != 0) links_[behind - 1].prev_sibling = links.prev_sibling;
     }
     for (uint32_t child = links.first_child; child != 0;) {
         Links& orphan = links_[child - 1];
@@ -44,11 +49,13 @@ uint32_t Chains::leaf_below(uint32_t slot) const {
 
 void Chains::check_integrity(uint32_t slot) const {
     const Links& links = links_[slot];
-    for (uint32_t child = links.first_child, prev = 0; child != 0; child = links_[child - 1].next_sibling) {
+    uint32_t last = 0;
+    for (uint32_t child = links.first_child; child != 0; child = links_[child - 1].next_sibling) {
         ensure(links_[child - 1].parent == slot + 1, "chain: child of another parent");
-        ensure(links_[child - 1].prev_sibling == prev, "chain: sibling order");
-        prev = child;
+        ensure(last == 0 || links_[child - 1].prev_sibling == last, "chain: sibling order");
+        last = child;
     }
+    ensure(last == 0 || links_[links.first_child - 1].prev_sibling == last, "chain: the first knows the last");
 }
 
 }  // namespace kvpool

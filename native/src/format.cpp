@@ -16,8 +16,10 @@ uint64_t power_of_two_at_most(uint64_t value) {
 }
 
 // About 256 slabs: small enough to share the pool between namespaces, large enough for any block of a large pool.
+// A bit more than a power of two: blocks often have a power of two of bytes, and a trailer for each rank.
 uint64_t choose_slab_bytes(uint64_t size) {
-    return std::clamp<uint64_t>(power_of_two_at_most(size / 256), 2ull << 20, 1ull << 30);
+    uint64_t power = std::clamp<uint64_t>(power_of_two_at_most(size / 256), 2ull << 20, 1ull << 30);
+    return power + power / 256;
 }
 
 }  // namespace

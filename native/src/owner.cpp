@@ -1,6 +1,7 @@
 #include "kvpool/owner.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "kvpool/checksum.h"
 #include "kvpool/leases.h"
@@ -67,7 +68,20 @@ uint32_t PoolOwner::unused_namespace() {
             if (!known(i)) return i;
         }
     }
-    throw std::invalid_argument("namespace: the pool has 64 already; clear it");
+    std::vector<uint32_t> places(kMaxNamespaces);
+    std::iota(places.begin(), places.end(), 0);
+    std::stable_sort(places.begin(), places.end(), [&](auto a, auto b) { return idle_since_s_[a] < idle_since_s_[b]; });
+    for (uint32_t place : places) {  // the longest idle first: a full table must not shut new engines out for ever
+        if (has_clients(place)) continue;
+        clear(place, false);
+        if (!known(place)) return place;
+    }
+    throw std::invalid_argument("namespace: the pool has 64 with engines or pinned blocks already; clear it");
+}
+
+bool PoolOwner::has_clients(uint32_t name_space) const {
+    std::vector<uint32_t> all = clients_.all();
+    return std::any_of(all.begin(), all.end(), [&](uint32_t c) { return clients_.name_space(c) == name_space; });
 }
 
 void PoolOwner::expect_known(uint32_t name_space) const {
@@ -356,9 +370,7 @@ void PoolOwner::retire(uint32_t name_space) {
     for (uint32_t slab : std::vector<uint32_t>(slabs_.slabs_of(name_space))) {
         if (slabs_.used(slab) == 0) slabs_.unassign(slab);
     }
-    bool in_use = !slabs_.slabs_of(name_space).empty();
-    for (uint32_t client : clients_.all()) in_use = in_use || clients_.name_space(client) == name_space;
-    if (in_use) return refresh_capacity(name_space);
+    if (!slabs_.slabs_of(name_space).empty() || has_clients(name_space)) return refresh_capacity(name_space);
     policies_[name_space] = nullptr;
     file_.namespaces()[name_space].active.store(0, std::memory_order_release);
 }

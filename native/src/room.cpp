@@ -87,10 +87,7 @@ bool PoolOwner::may_lose_slab(uint32_t donor, uint64_t fair_share, uint32_t now_
     uint64_t slabs = slabs_.slabs_of(donor).size();
     if (slabs == 0) return false;
     if (slabs > fair_share) return true;
-    for (uint32_t client : clients_.all()) {
-        if (clients_.name_space(client) == donor) return false;
-    }
-    return now_s - idle_since_s_[donor] >= kIdleAfterS;
+    return !has_clients(donor) && now_s - idle_since_s_[donor] >= kIdleAfterS;
 }
 
 bool PoolOwner::take_slab_from_others(uint32_t name_space, uint32_t now_s) {

@@ -19,6 +19,17 @@ TEST(a_leaf_is_found_below_any_block) {
     CHECK(chains.has_children(2) && !chains.has_children(3));
 }
 
+TEST(the_oldest_child_comes_first) {
+    Chains chains(6);
+    for (uint32_t child : {3, 1, 2}) chains.link(child, 0);
+    for (uint32_t oldest : {3, 1, 2}) {
+        CHECK_EQ(chains.leaf_below(0), oldest);
+        chains.unlink(oldest);
+        chains.check_integrity(0);
+    }
+    CHECK(!chains.has_children(0));
+}
+
 TEST(circles_are_refused) {
     Chains chains(4);
     CHECK(!chains.link(0, 0));

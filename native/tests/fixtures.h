@@ -80,7 +80,8 @@ inline std::vector<BlockKey> keys_of(uint64_t first, size_t count) {
 }
 
 inline constexpr uint64_t kMiB = 1 << 20;
-inline constexpr uint32_t kSlotBytes = 64 << 10;  // 32 of them in the 2 MiB slabs of a small pool
+inline constexpr uint32_t kSlotBytes = 64 << 10;  // 32 of them in a slab of a small pool
+inline constexpr uint64_t kSlabBytes = 2 * kMiB + 8192;
 
 // A pool with all of its slabs populated, and a namespace.
 struct Pool {
@@ -91,7 +92,7 @@ struct Pool {
 
     explicit Pool(uint64_t slabs, const std::string& policy = "lru", uint32_t slot_bytes = kSlotBytes) {
         // One more slab's worth for header, tables and index.
-        owner = PoolOwner::create(folder.pool(), (slabs + 1) * 2 * kMiB, kSlotBytes, 0600, policy);
+        owner = PoolOwner::create(folder.pool(), slabs * kSlabBytes + 2 * kMiB, kSlotBytes, 0600, policy);
         for (uint32_t slab = 0; slab < slabs; ++slab) owner->populate(slab);
         name_space = add_namespace(1, slot_bytes);
     }

@@ -51,12 +51,22 @@ TEST(the_smallest_pools) {
     check_layout(g);
 }
 
+TEST(blocks_of_a_power_of_two_and_their_trailers_fill_a_slab) {
+    for (uint64_t size : {512 * kMiB, kGiB, 8 * kGiB, 256 * kGiB}) {
+        uint64_t slab_bytes = Geometry::plan(size, 64 * kKiB).slab_bytes;
+        for (uint64_t block = 64 * kKiB; block <= 2 * kMiB; block *= 2) {
+            uint64_t slots = slab_bytes / (block + 256);
+            CHECK(slots * block > slab_bytes * 99 / 100);
+        }
+    }
+}
+
 TEST(tables_are_a_small_part_of_a_large_pool) {
     Geometry g = Geometry::plan(kTiB, 64 * kKiB);
-    CHECK_EQ(g.slab_bytes, kGiB);
+    CHECK_EQ(g.slab_bytes, kGiB + 4 * kMiB);
     uint64_t tables = g.slabs_at - (g.slabs_at - g.bitmaps_at);
     CHECK(tables < kTiB / 500);
-    CHECK(g.num_slabs > 1020);
+    CHECK(g.num_slabs > 1016);
 }
 
 TEST(a_file_says_the_same_of_itself) {

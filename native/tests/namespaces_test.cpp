@@ -24,7 +24,7 @@ TEST(a_namespace_is_known_by_its_digest) {
     CHECK(pool.add_namespace(2) != pool.name_space);
     CHECK_THROWS(std::invalid_argument, pool.add_namespace(1, kSlotBytes * 2));
     CHECK_THROWS(std::invalid_argument, pool.add_namespace(3, 0));
-    CHECK_THROWS(std::invalid_argument, pool.add_namespace(3, 2 * kMiB + 1));
+    CHECK_THROWS(std::invalid_argument, pool.add_namespace(3, kSlabBytes + 1));
     CHECK(pool.add_namespace(3, 2 * kMiB) > 0);
 }
 
@@ -153,5 +153,26 @@ TEST(a_full_table_lets_the_unused_go) {
         pool.add_client("c" + std::to_string(i), ns);
     }
     CHECK_THROWS(std::invalid_argument, pool.add_namespace(250));
+    pool.owner->check_integrity();
+}
+
+TEST(a_full_table_lets_the_longest_idle_go_with_its_blocks) {
+    Pool pool(2 * kMaxNamespaces);
+    std::vector<uint32_t> places{pool.name_space};
+    for (uint8_t i = 2; i <= kMaxNamespaces; ++i) places.push_back(pool.add_namespace(i));
+    for (size_t i = 0; i < places.size(); ++i) {
+        uint32_t client = pool.add_client("c" + std::to_string(i), places[i]);
+        StoreOptions options;
+        options.pin = i == 0;
+        pool.store(client, keys_of(10 * i, 2), nullptr, options);
+    }
+    pool.locks.clear();
+    pool.owner->reap_clients(0, 0);
+    pool.owner->reap_clients(1, 0);
+    pool.add_client("back", places[1]);
+    CHECK_EQ(pool.add_namespace(200), places[2]);  // the first has pinned blocks, the second an engine
+    CHECK(pool.match(keys_of(20, 2)).empty());
+    CHECK_EQ(pool.match(keys_of(0, 2)).size(), 2u);
+    CHECK_EQ(pool.match(keys_of(10, 2)).size(), 2u);
     pool.owner->check_integrity();
 }

@@ -74,7 +74,7 @@ def test_preempted_request_loads_its_own_blocks_back(
     assert seen
     for request_id, prompt in zip(ids, prompts, strict=True):
         assert engine.outputs[request_id] == expected_output(prompt, 8 * BLOCK)
-    assert engine.stats.get("hit_blocks", 0) + engine.stats.get("misses:local", 0) > 0
+    assert engine.stats["hit_blocks"] > 0
 
 
 @both

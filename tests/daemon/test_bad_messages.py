@@ -48,6 +48,10 @@ def say_hello(socket: zmq.Socket[bytes]) -> dict[str, Any]:
         (msgpack.packb({"type": "prepare_store", "id": 10, "keys": "text"}), 10),
         (msgpack.packb({"type": "hello", "id": "one"}), 0),
         (msgpack.packb({"type": "touch", "id": 11, "refs": b""})[:-2], 0),
+        (b"\x82\xa4type\xa5stats\xa2id" + b"\x91" * 6_000 + b"\xc0", 0),
+        (b"\x83\xa4type\xa5bogus\xa1x" + b"\x91" * 6_000 + b"\xc0\xa2id\x07", 0),
+        (b"\x83\xa4type\xa5stats\xa1x" + b"\x91" * 6_000 + b"\xc0\xa2id\x07", 0),
+        (b"\x82\xa4type\xa1\xff\xa2id\x0c", 12),
     ],
 )
 def test_malformed(

@@ -39,7 +39,7 @@ class LyingDaemon:
         self.owner = PoolOwner.create(str(self.paths.pool), 16 << 20)
         self.seen: list[AnyRequest] = []
         self.lent = 0
-        self.answer: Callable[[AnyRequest], AnyReply | None] = lambda _: None
+        self.answer: Callable[[AnyRequest], AnyReply | bytes | None] = lambda _: None
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
         self.socket.linger = 0
@@ -57,7 +57,8 @@ class LyingDaemon:
             self.seen.append(request)
             reply = self._welcome(request) if isinstance(request, Hello) else self.answer(request)
             if reply is not None:
-                self.socket.send_multipart([connection, protocol.encode(reply)])
+                raw = reply if isinstance(reply, bytes) else protocol.encode(reply)
+                self.socket.send_multipart([connection, raw])
 
     def _welcome(self, hello: Hello) -> Welcome:
         pool_id, epoch = self.owner.pool_id, self.owner.epoch
@@ -118,6 +119,22 @@ def test_grant_that_does_not_fit_the_keys(
     assert not liar.client.connected
     assert liar.client.prepare_store(keys_of("chain", 1)) is None
     assert caplog.text.count("makes no sense") == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"\xc1",
+        b"\x84\xa4type\xa5error\xa2id\x02\xa4code\xa1\xff\xa7message\xa0",
+        b"\x84\xa4type\xa9completed\xa2id\x02\xa5ready\x01\xa1x" + b"\x91" * 6_000 + b"\xc0",
+    ],
+)
+def test_bytes_that_are_no_reply(liar: LyingDaemon, reply: bytes) -> None:
+    liar.connect()
+    liar.answer = lambda _: reply
+    assert liar.client.prepare_store(keys_of("chain", 1)) is not None
+    (end,) = until(liar.turn, "the end of the request")
+    assert (end.refs, end.reason) == (None, "timeout")
 
 
 def test_refused_completion_is_said_again_after_a_hello(liar: LyingDaemon) -> None:

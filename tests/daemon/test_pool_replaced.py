@@ -67,13 +67,15 @@ def test_held_leases_are_drained_first(daemon: Daemon, client: PoolClient) -> No
 
 
 def test_store_in_flight_never_reaches_the_new_pool(daemon: Daemon, client: PoolClient) -> None:
-    """The same reference may name a slot there as well."""
+    """The same reference may name a slot there as well: the old pool stays mapped until the copy has ended."""
     keys = keys_of("chain", 4)
     grant = prepare(client, keys)
+    old = client.view
     replace_pool(daemon)
-    use(client)
+    until(lambda: (use(client), client._draining)[1], "draining")
+    assert client.view is old
+    client.complete_store(grant.request_id)
     wait_for_pool(client, daemon)
-    assert not client.complete_store(grant.request_id)
     client.poll()
     assert daemon.counter("stored") == 0
     assert client.match_prefix(keys) == b""

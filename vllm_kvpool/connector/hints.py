@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import msgspec
 
+from vllm_kvpool.protocol import MAX_TTL_S
+
 logger = logging.getLogger(__name__)
 
 HINTS_KEY = "kvpool"
-MAX_TTL_S = 10 * 366 * 86_400
 
 
 class Hints(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -76,6 +76,9 @@ class LoadPlanner:
         self._lookahead_blocks = lookahead_blocks
         self._loads: dict[int, _Load] = {}
         self._planned: list[_Plan] = []
+        self._used: list[SlotRefs] = []
+        """Chains of requests that load nothing: the engine has the blocks itself. Were the pool not told, it would
+        take the prompts that are used most for the oldest."""
 
     # lookup ---------------------------------------------------------------------------------------
 
@@ -85,12 +88,12 @@ class LoadPlanner:
         if refused:
             return Lookup(NO_REFS, first, refused)
         end = self._end(record)
-        if first >= end:
-            return Lookup(NO_REFS, first, "local")
         refs = self._match(record, end)
         num_blocks = num_refs(refs) - first
         miss = ""
-        if num_blocks <= 0:
+        if first >= end:
+            miss = "local"
+        elif num_blocks <= 0:
             miss = "absent"
         elif num_blocks * self._link.block_tokens < self._min_load_tokens:
             miss = "short"
@@ -128,6 +131,8 @@ class LoadPlanner:
             return
         record.cursor = max(record.cursor, num_refs(lookup.refs))
         if lookup.miss or num_external_tokens == 0:
+            if lookup.refs:
+                self._used.append(lookup.refs)
             self._stats.count("misses", reason=lookup.miss or "other_connector")
             return
         assert num_external_tokens == lookup.num_load_blocks * self._link.block_tokens
@@ -147,6 +152,9 @@ class LoadPlanner:
 
     def take_planned(self) -> tuple[LoadJob, ...]:
         """In the step in which they were admitted."""
+        used, self._used = self._used, []
+        for chain in used:
+            self._client.touch(chain)
         planned, self._planned = self._planned, []
         return tuple(map(self._job, planned))
 

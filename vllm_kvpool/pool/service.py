@@ -87,7 +87,7 @@ class PoolService:
             request = _decode(payload)
             request_id = request.id
             return self._answer(connection, request)
-        except msgspec.DecodeError as error:
+        except protocol.DECODE_ERRORS as error:
             return self._error(_id_of(payload), "malformed", str(error))
         except _RefusedError as error:
             return self._error(request_id or _id_of(payload), error.code, str(error))
@@ -292,7 +292,7 @@ def _id_of(payload: bytes) -> int:
         return 0
     try:
         return _decode_head(payload).id
-    except msgspec.DecodeError:
+    except protocol.DECODE_ERRORS:
         return 0
 
 

@@ -19,12 +19,14 @@ class Chains {
     void unlink(uint32_t slot);
     bool has_children(uint32_t slot) const { return links_[slot].first_child != 0; }
     uint32_t parent(uint32_t slot) const { return links_[slot].parent - 1; }  // kNoSlot for a root
-    // A block without children at or below `slot`.
+    // A block without children at or below `slot`: down by the child that was linked first, as the newest is the one
+    // that somebody works with.
     uint32_t leaf_below(uint32_t slot) const;
     void check_integrity(uint32_t slot) const;
 
   private:
-    struct Links {  // all slot + 1, 0 = none
+    // All slot + 1, 0 = none. Siblings are in the order of linking; the first one's prev_sibling is the last.
+    struct Links {
         uint32_t parent, first_child, next_sibling, prev_sibling;
     };
     LazyArray<Links> links_;

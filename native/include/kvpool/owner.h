@@ -112,6 +112,7 @@ class PoolOwner {
     void free_or_doom(uint32_t slot);            // for a slot that is in none of these
     void bury_doomed(size_t limit = SIZE_MAX);   // looks at so many
     uint32_t unused_namespace();
+    bool has_clients(uint32_t name_space) const;
     void retire(uint32_t name_space);  // gives empty slabs back, and the namespace if nobody uses it
     void guard(uint32_t slot);
     bool guarded(uint32_t slot) const { return guard_[slot] == guard_stamp_; }
