@@ -31,7 +31,7 @@ void Chains::unlink(uint32_t slot) {
         uint32_t& first = links_[links.parent - 1].first_child;
         bool was_first = first == slot + 1;
         (was_first ? first : links_[links.prev_sibling - 1].next_sibling) = links.next_sibling;
-        uint32_t behind = links.next_sibling != 0 ? links.next_sibling : first;  // the last one's place is with the first
+        uint32_t behind = links.next_sibling != 0 ? links.next_sibling : first;  // the first knows the last
         if (behind != 0) links_[behind - 1].prev_sibling = links.prev_sibling;
     }
     for (uint32_t child = links.first_child; child != 0;) {
