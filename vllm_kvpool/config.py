@@ -8,9 +8,10 @@ lists every field.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin
 
 import msgspec
 
@@ -18,6 +19,8 @@ from vllm_kvpool.errors import ConfigError
 
 DEFAULT_POOL = "default"
 SHM_DIR = "/dev/shm"
+AUTO = "auto"
+"""What engines write for the pool `DEFAULT_POOL` with a daemon that they start: no pool's name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|%)?")
 _UNIT_BYTES = {
@@ -25,16 +28,21 @@ _UNIT_BYTES = {
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
 
+Size = str | int
+"""Text, or plain bytes."""
+SIZE_FIX = 'give a size like "64GiB" or "500MiB", or plain bytes'
+SHARE_FIX = f'{SIZE_FIX}, or a share of the mount like "80%"'
 
-def parse_size(field: str, text: str | int, whole_bytes: int) -> int:
-    """Bytes of `"64GiB"`, `"80%"` (of `whole_bytes`) or a plain number."""
+
+def parse_size(field: str, text: Size, whole_bytes: int | None = None) -> int:
+    """Bytes of `"64GiB"`, `"80%"` (of `whole_bytes`; None: it is no share of anything) or a plain
+    number."""
     match = _SIZE.fullmatch(str(text).strip())
-    if match is None:
-        raise ConfigError(
-            field, text, 'give a size like "64GiB", "500MiB" or a share of the mount like "80%"'
-        )
+    if match is None or (match[2] == "%" and whole_bytes is None):
+        raise ConfigError(field, text, SIZE_FIX if whole_bytes is None else SHARE_FIX)
     number, unit = float(match[1]), match[2]
     if unit == "%":
+        assert whole_bytes is not None
         if not 0 < number <= 100:
             raise ConfigError(field, text, "a share lies above 0% and is at most 100%")
         return int(whole_bytes * number / 100)
@@ -47,14 +55,36 @@ def check_pool_name(field: str, name: str) -> str:
     if _NAME.fullmatch(name) is None:
         fix = "use letters, digits, '.', '_' and '-' only (it names a folder; at most 64, no slash)"
         raise ConfigError(field, name, fix)
+    if name == AUTO:
+        fix = f'engines mean pool "{DEFAULT_POOL}" by "{AUTO}": take that name, or another'
+        raise ConfigError(field, name, fix)
     return name
+
+
+def _what_to_write(kind: Any, value: object) -> str:
+    """For a field of type `kind`, to whoever wrote `value`. Empty: msgspec's words have to do."""
+    if get_origin(kind) is Literal:
+        *others, last = (f'"{allowed}"' for allowed in get_args(kind))
+        return f"write {', '.join(others)} or {last}"
+    if kind is str and isinstance(value, bool | int | float):
+        return f'write it in quotes: "{json.dumps(value)}"'
+    return _TO_WRITE.get(kind, "")
+
+
+_TO_WRITE: dict[Any, str] = {
+    bool: "write true or false",
+    int: "write a whole number",
+    float: "write a number",
+    str: "write text in quotes",
+    Size: SIZE_FIX,
+}
 
 
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> Self:
         """Build from plain values; `where` names the source in errors (a file, a vLLM option)."""
-        known = cls.__struct_fields__
+        known = {field.name: field.type for field in msgspec.structs.fields(cls)}
         for key, value in values.items():
             if key not in known:
                 raise ConfigError(
@@ -64,7 +94,8 @@ class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             try:
                 msgspec.convert({key: value}, cls)
             except msgspec.ValidationError as error:
-                raise ConfigError(f"{where}: {key}", value, str(error)) from None
+                fix = _what_to_write(known[key], value) or str(error)
+                raise ConfigError(f"{where}: {key}", value, fix) from None
         return msgspec.convert(values, cls)
 
 
@@ -73,7 +104,7 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
 
     name: str = DEFAULT_POOL
     """Names the pool: its folder is `<shm-dir>/vllm-kvpool-<name>`."""
-    size: str = "50%"
+    size: Size = "50%"
     """Bytes of shared memory, or a share of the mount."""
     listen: str = ""
     """A further ZeroMQ endpoint beside `ipc://<folder>/control.sock`, which is always there."""
@@ -83,7 +114,7 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
     """Back the pool with transparent huge pages."""
     numa: str = ""
     """NUMA nodes, as in "0" (bind) or "0,1" (interleave); empty leaves it to the kernel."""
-    min_block: str = "64KiB"
+    min_block: Size = "64KiB"
     """The smallest block to be expected; the index is sized for a pool full of them."""
     group_access: bool = False
     """Let the group of the daemon's user share the pool (mode 0660 instead of 0600)."""
@@ -93,7 +124,7 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         check_pool_name("name", self.name)
         parse_size("size", self.size, 1 << 40)
-        parse_size("min_block", self.min_block, 1 << 20)
+        parse_size("min_block", self.min_block)
         if self.numa and re.fullmatch(r"\d+(,\d+)*", self.numa) is None:
             raise ConfigError("numa", self.numa, 'list node numbers, as in "0" or "0,1"')
         if self.listen and not self.listen.startswith("ipc://"):
@@ -105,9 +136,9 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
 class ConnectorConfig(_Config, frozen=True, kw_only=True):
     """`kv_connector_extra_config` of one engine."""
 
-    pool: str = "auto"
+    pool: str = AUTO
     """Name of the pool to use; "auto" uses pool "default" and starts its daemon when none runs."""
-    size: str = "50%"
+    size: Size = "50%"
     """Size of the pool when "auto" has to make it."""
     shm_dir: str = SHM_DIR
     """The shared-memory mount of the pool."""
@@ -126,7 +157,7 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     path)."""
 
     def __post_init__(self) -> None:
-        check_pool_name("pool", self.pool)
+        check_pool_name("pool", self.pool_name)
         parse_size("size", self.size, 1 << 40)
         for field in ("min_load_tokens", "min_store_tokens"):
             if getattr(self, field) < 0:
@@ -136,7 +167,7 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
 
     @property
     def pool_name(self) -> str:
-        return DEFAULT_POOL if self.pool == "auto" else self.pool
+        return DEFAULT_POOL if self.pool == AUTO else self.pool
 
 
 def pool_dir(name: str, shm_dir: str = SHM_DIR) -> Path:

@@ -14,7 +14,7 @@ from typing import IO
 
 from vllm_kvpool.channel import call_daemon
 from vllm_kvpool.clock import now_ms
-from vllm_kvpool.config import pool_dir
+from vllm_kvpool.config import Size, pool_dir
 from vllm_kvpool.errors import PoolUnavailable, ProtocolError
 from vllm_kvpool.liveness import is_locked, lock_file
 from vllm_kvpool.paths import PoolPaths, check_folder
@@ -24,7 +24,7 @@ _LOOK_S = 0.1
 _LOG_TAIL_BYTES = 2_000
 
 
-def ensure_daemon(name: str, size: str, shm_dir: str, timeout_s: float = START_TIMEOUT_S) -> None:
+def ensure_daemon(name: str, size: Size, shm_dir: str, timeout_s: float = START_TIMEOUT_S) -> None:
     """Return when a daemon serves the pool; start one if need be. Engines that start at once start
     one daemon.
 
@@ -38,7 +38,7 @@ def ensure_daemon(name: str, size: str, shm_dir: str, timeout_s: float = START_T
         raise PoolUnavailable(f"cannot start the daemon of {paths.folder}: {error}") from None
 
 
-def _ensure(paths: PoolPaths, name: str, size: str, shm_dir: str, timeout_s: float) -> None:
+def _ensure(paths: PoolPaths, name: str, size: Size, shm_dir: str, timeout_s: float) -> None:
     give_up_ms = now_ms() + int(timeout_s * 1_000)
     check_folder(paths.folder)
     if _answers(paths):
@@ -83,11 +83,11 @@ def _wait_for_other(paths: PoolPaths, give_up_ms: int) -> None:
         time.sleep(_LOOK_S)
 
 
-def _start(paths: PoolPaths, name: str, size: str, shm_dir: str, give_up_ms: int) -> None:
+def _start(paths: PoolPaths, name: str, size: Size, shm_dir: str, give_up_ms: int) -> None:
     with _open_log(paths) as log:
         log_start = log.seek(0, os.SEEK_END)
         ended = _spawn(
-            ["--name", name, "--size", size, "--shm-dir", str(Path(shm_dir).absolute())], log
+            ["--name", name, "--size", str(size), "--shm-dir", str(Path(shm_dir).absolute())], log
         )
         try:
             while not _answers(paths):

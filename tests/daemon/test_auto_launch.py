@@ -23,7 +23,7 @@ from vllm_kvpool.pool.admin import fetch_stats
 
 @pytest.fixture
 def paths(shm_dir: Path) -> Iterator[PoolPaths]:
-    paths = PoolPaths(pool_dir("auto", str(shm_dir)))
+    paths = PoolPaths(pool_dir("launched", str(shm_dir)))
     yield paths
     if is_locked(paths.daemon_lock):
         pid = int(paths.daemon_lock.read_text())
@@ -34,16 +34,16 @@ def paths(shm_dir: Path) -> Iterator[PoolPaths]:
 
 
 def launch(shm_dir: Path) -> subprocess.Popen[str]:
-    call = f"ensure_daemon('auto', '16MiB', {str(shm_dir)!r})"
+    call = f"ensure_daemon('launched', '16MiB', {str(shm_dir)!r})"
     code = f"from vllm_kvpool.launch import ensure_daemon; {call}"
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
 
 
 def test_first_engine_starts_it_and_the_next_uses_it(shm_dir: Path, paths: PoolPaths) -> None:
-    ensure_daemon("auto", "16MiB", str(shm_dir))
-    pid = fetch_stats("auto", str(shm_dir))["pool"]["pid"]
-    ensure_daemon("auto", "16MiB", str(shm_dir))
-    assert fetch_stats("auto", str(shm_dir))["pool"]["pid"] == pid
+    ensure_daemon("launched", "16MiB", str(shm_dir))
+    pid = fetch_stats("launched", str(shm_dir))["pool"]["pid"]
+    ensure_daemon("launched", "16MiB", str(shm_dir))
+    assert fetch_stats("launched", str(shm_dir))["pool"]["pid"] == pid
     client = connect(paths)
     store(client, keys_of("chain", 1))
     client.close()
@@ -62,7 +62,7 @@ def test_daemon_is_nobodys_child(shm_dir: Path, paths: PoolPaths) -> None:
     """vLLM ends its children, and theirs, when it ends."""
     engine = launch(shm_dir)
     engine.communicate(timeout=30)
-    pid = fetch_stats("auto", str(shm_dir))["pool"]["pid"]
+    pid = fetch_stats("launched", str(shm_dir))["pool"]["pid"]
     status = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     parent, session = int(status[1]), int(status[3])
     assert parent not in {engine.pid, os.getpid()}
@@ -72,24 +72,24 @@ def test_daemon_is_nobodys_child(shm_dir: Path, paths: PoolPaths) -> None:
 def test_failure_ends_with_what_the_daemon_said(shm_dir: Path, paths: PoolPaths) -> None:
     start = time.monotonic()
     with pytest.raises(PoolUnavailable, match=r"ended at once: .*100\.0 TiB do not fit"):
-        ensure_daemon("auto", "100TiB", str(shm_dir))
+        ensure_daemon("launched", "100TiB", str(shm_dir))
     assert time.monotonic() - start < 10
     assert not paths.pool.exists()
 
 
 def test_hanging_daemon_is_given_up(shm_dir: Path, paths: PoolPaths) -> None:
-    ensure_daemon("auto", "16MiB", str(shm_dir))
+    ensure_daemon("launched", "16MiB", str(shm_dir))
     os.kill(int(paths.daemon_lock.read_text()), signal.SIGSTOP)
     with pytest.raises(PoolUnavailable, match="does not answer"):
-        ensure_daemon("auto", "16MiB", str(shm_dir), timeout_s=1.0)
+        ensure_daemon("launched", "16MiB", str(shm_dir), timeout_s=1.0)
 
 
 def test_folder_of_a_stranger_is_not_used(shm_dir: Path) -> None:
     target = shm_dir / "real"
     target.mkdir()
-    pool_dir("auto", str(shm_dir)).symlink_to(target)
+    pool_dir("launched", str(shm_dir)).symlink_to(target)
     with pytest.raises(PoolUnavailable, match="is not a directory"):
-        ensure_daemon("auto", "16MiB", str(shm_dir))
+        ensure_daemon("launched", "16MiB", str(shm_dir))
     assert list(target.iterdir()) == []
 
 
@@ -99,15 +99,15 @@ def test_what_the_system_refuses_is_no_pool(shm_dir: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("vllm_kvpool.launch.is_locked", refuse)
     with pytest.raises(PoolUnavailable, match="Permission denied"):
-        ensure_daemon("auto", "16MiB", str(shm_dir))
+        ensure_daemon("launched", "16MiB", str(shm_dir))
 
 
 def test_log_is_not_written_through_a_link(shm_dir: Path) -> None:
     precious = shm_dir / "precious"
     precious.write_text("text")
-    folder = PoolPaths(pool_dir("auto", str(shm_dir)))
+    folder = PoolPaths(pool_dir("launched", str(shm_dir)))
     folder.folder.mkdir(mode=0o700)
     folder.daemon_log.symlink_to(precious)
     with pytest.raises(PoolUnavailable, match="cannot start"):
-        ensure_daemon("auto", "16MiB", str(shm_dir))
+        ensure_daemon("launched", "16MiB", str(shm_dir))
     assert precious.read_text() == "text"

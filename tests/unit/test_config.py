@@ -49,12 +49,16 @@ def test_wrong_pool_name(name: str) -> None:
     ("values", "expected"),
     [
         ({"pol": "x"}, "extra: pol = 'x': unknown key; known are pool, size"),
-        ({"store": "some"}, "extra: store = 'some'"),
-        ({"min_load_tokens": "many"}, "extra: min_load_tokens = 'many'"),
+        ({"store": "some"}, 'extra: store = \'some\': write "all" or "prompt"'),
+        ({"checksum": "on"}, 'extra: checksum = \'on\': write "off", "sampled" or "all"'),
+        ({"min_load_tokens": "many"}, "extra: min_load_tokens = 'many': write a whole number"),
+        ({"epoch": 1}, 'extra: epoch = 1: write it in quotes: "1"'),
+        ({"epoch": True}, 'extra: epoch = True: write it in quotes: "true"'),
+        ({"epoch": None}, "extra: epoch = None: write text in quotes"),
         ({"min_load_tokens": -1}, "min_load_tokens = -1: give 0 or more"),
         ({"load_deadline_ms": 0}, "load_deadline_ms = 0"),
         ({"checksum": True}, "extra: checksum = True"),
-        ({"size": 5}, "extra: size = 5"),
+        ({"size": True}, "extra: size = True: give a size like"),
         ({"size": "5 apples"}, "size = '5 apples'"),
     ],
 )
@@ -62,6 +66,23 @@ def test_wrong_extra_config(values: dict[str, Any], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ConnectorConfig.from_dict(values, "extra")
     assert str(caught.value).startswith(expected)
+
+
+def test_plain_bytes_are_a_size() -> None:
+    config = PoolConfig.from_dict({"size": 104857600, "min_block": 4096}, "file")
+    assert (config.size, config.min_block) == (104857600, 4096)
+    assert ConnectorConfig.from_dict({"size": 104857600}, "extra").size == 104857600
+
+
+def test_a_share_needs_a_whole() -> None:
+    with pytest.raises(ConfigError, match=r"or plain bytes$"):
+        parse_size("min_block", "1%")
+
+
+def test_auto_is_no_name_of_a_pool() -> None:
+    for make in (lambda: pool_dir("auto"), lambda: PoolConfig(name="auto")):
+        with pytest.raises(ConfigError, match='mean pool "default"'):
+            make()
 
 
 def test_auto_is_the_default_pool() -> None:

@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Any
 
 from vllm_kvpool.client import PoolClient
-from vllm_kvpool.config import ConnectorConfig, pool_dir
+from vllm_kvpool.config import AUTO, ConnectorConfig, pool_dir
 from vllm_kvpool.connector import compat
 from vllm_kvpool.connector.metadata import PoolAttachment, WorkerLayout
 from vllm_kvpool.connector.namespace import build_namespace, static_fields
@@ -56,7 +56,7 @@ class PoolLink:
         """Turns block hashes into block keys."""
         self._folder = pool_dir(config.pool_name, config.shm_dir)
         assert PoolPaths(self._folder).endpoint  # a path too long is an error now, not at a request
-        if config.pool == "auto":
+        if config.pool == AUTO:
             self._ensure_daemon()
 
     def _ensure_daemon(self) -> None:

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 _LOCK_WAIT_S = 0.2
 """Longer than anybody looks at the lock (`liveness.is_locked`), shorter than a person waits."""
+MIN_SLAB_BYTES, MAX_SLAB_BYTES, SLABS = 2 << 20, 1 << 30, 256
+"""How the native core cuts a pool, for messages (native/src/format.cpp decides)."""
+MAX_SLOTS = 1 << 32
 _FRESH_LOCK_S = 60
 """Younger lock files may belong to an engine that is just about to lock them."""
 
@@ -165,7 +168,7 @@ def open_pool(folder: PoolFolder, config: PoolConfig, now_s: int) -> PoolOwner:
     """Attach to the pool file, or make it. ConfigError names the ways out of what does not fit."""
     mount = Mount.of(Path(config.shm_dir))
     size = parse_size("size", config.size, mount.size)
-    min_block = parse_size("min_block", config.min_block, size)
+    min_block = parse_size("min_block", config.min_block)
     if folder.paths.pool.exists():
         return _attach(folder, config, size, min_block, now_s)
     return _create(folder, config, size, min_block, mount)
@@ -203,7 +206,22 @@ def _create(
         return PoolOwner.create(str(folder.paths.pool), size, min_block, mode=mode)
     except PoolFormatError as error:
         folder.remove()
-        raise ConfigError("size", config.size, f"{error}: take a larger one") from None
+        raise _misfit(config, size, min_block, str(error)) from None
     except OSError as error:
         folder.remove()
         raise ConfigError("size", config.size, f"{error}; {mount.fix(size)}") from None
+
+
+def _misfit(config: PoolConfig, size: int, min_block: int, why: str) -> ConfigError:
+    """Slabs have about 1/256 of the pool, 2 MiB to 1 GiB, and hold whole blocks; slots have numbers
+    of 32 bits."""
+    if min_block > MIN_SLAB_BYTES:
+        fix = f"the slabs of a pool of {size_text(size)} hold no such block: take "
+        if min_block <= MAX_SLAB_BYTES:
+            fix += f"--size {SLABS << (min_block - 1).bit_length()} or more, or "
+        fix += "a smaller --min-block, the smallest that your engines have"
+        return ConfigError("min_block", config.min_block, fix)
+    if size // min_block >= MAX_SLOTS:
+        fix = f"{why}; for {size_text(size)} take --min-block {2 * size // MAX_SLOTS} or more"
+        return ConfigError("min_block", config.min_block, fix)
+    return ConfigError("size", config.size, f"{why}: take a larger one")
