@@ -3,7 +3,7 @@
 4   connector/ (vllm, torch)     router/ (aiohttp)     pool/ daemon, serve     cli starts them
 3   client channel ledger launch (zmq)                 pool/ (the rest)
 2   protocol
-1   types errors config paths clock liveness keys                              _native (C++)
+1   types errors config paths clock liveness keys advice                       _native (C++)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1] / "vllm_kvpool"
 PACKAGE = "vllm_kvpool"
 
 LAYERS = {
-    1: {"", "types", "errors", "config", "paths", "clock", "liveness", "keys", "_native"},
+    1: {"", "types", "errors", "config", "paths", "clock", "liveness", "keys", "advice", "_native"},
     2: {"protocol"},
     3: {"client", "channel", "ledger", "launch", "pool"},
     4: {"connector", "router", "pool.daemon", "pool.serve"},

@@ -19,6 +19,8 @@ from vllm_kvpool.errors import ConfigError
 
 DEFAULT_POOL = "default"
 SHM_DIR = "/dev/shm"
+POOL_PREFIX = "vllm-kvpool-"
+"""Of the name of a pool's folder."""
 AUTO = "auto"
 """What engines write for the pool `DEFAULT_POOL` with a daemon that they start: no pool's name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -172,4 +174,4 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
 
 def pool_dir(name: str, shm_dir: str = SHM_DIR) -> Path:
     """Folder of a pool: `pool` (memory), `daemon.lock`, `control.sock`, `clients/`."""
-    return Path(shm_dir) / f"vllm-kvpool-{check_pool_name('name', name)}"
+    return Path(shm_dir) / f"{POOL_PREFIX}{check_pool_name('name', name)}"

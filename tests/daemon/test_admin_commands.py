@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +36,27 @@ def test_stats(daemon: Daemon, client: PoolClient) -> None:
 def test_stats_without_a_daemon(shm_dir: Path) -> None:
     result = run_cli("stats", "--name", "test", "--shm-dir", shm_dir)
     assert result.returncode == 1
-    assert "no daemon serves pool 'test': vllm-kvpool serve --name test" in result.stderr
+    expected = f"no daemon serves pool 'test' in {shm_dir} (pools here: none); start it: "
+    assert f"{expected}vllm-kvpool serve --name test --shm-dir {shm_dir}\n" in result.stderr
+
+
+def test_stats_of_a_kept_pool_name_the_line_that_serves_it(
+    make_daemon: Callable[..., Daemon],
+) -> None:
+    daemon = make_daemon("--min-block", "4KiB")
+    assert daemon.stop() == 0
+    result = run_cli("stats", "--name", "test", "--shm-dir", daemon.shm_dir)
+    assert "(its blocks are kept)" in result.stderr
+    line = result.stderr.partition("start it: ")[2]
+    assert line.startswith("vllm-kvpool serve --name test --size 16777216 --min-block 4096 --shm")
+    daemon.command = [sys.executable, "-m", "vllm_kvpool", *shlex.split(line)[1:]]
+    daemon.start()
+
+
+def test_stats_of_another_name_list_the_pools(daemon: Daemon) -> None:
+    result = run_cli("stats", "--name", "tset", "--shm-dir", daemon.shm_dir)
+    assert "no daemon serves pool 'tset'" in result.stderr
+    assert "(pools here: test)" in result.stderr
 
 
 def test_stats_of_a_stopped_daemon_end(daemon: Daemon) -> None:
@@ -62,6 +85,10 @@ def test_ls_of_what_is_no_pool(shm_dir: Path) -> None:
     broken.mkdir()
     (broken / "pool").write_bytes(bytes(8192))
     assert "not a pool file" in run_cli("ls", "--shm-dir", shm_dir).stdout
+    (broken / "pool").unlink()
+    assert f"{broken} holds no pool" in run_cli("ls", "--shm-dir", shm_dir).stdout
+    broken.chmod(0o777)
+    assert f"everybody may write to {broken}" in run_cli("ls", "--shm-dir", shm_dir).stdout
 
 
 def test_clear_of_a_running_pool_spares_what_is_read(daemon: Daemon, client: PoolClient) -> None:

@@ -30,9 +30,22 @@ def test_pool_without_a_daemon(daemon: Daemon) -> None:
     assert daemon.stop() == 0
     finding = findings(daemon.shm_dir)["pool 'test'"]
     assert finding.status == "warn"
-    assert "vllm-kvpool serve --name test --size 16777216" in finding.fix
-    assert "vllm-kvpool clear --name test" in finding.fix
+    where = f"--shm-dir {daemon.shm_dir}"
+    assert f"vllm-kvpool serve --name test --size 16777216 {where};" in finding.fix
+    assert finding.fix.endswith(f"vllm-kvpool clear --name test {where}")
     daemon.start()
+
+
+def test_folders_that_hold_no_pool_or_are_not_to_be_trusted(shm_dir: Path) -> None:
+    folder = shm_dir / "vllm-kvpool-odd"
+    folder.mkdir()
+    finding = findings(shm_dir)["pool 'odd'"]
+    assert (finding.status, finding.message) == ("fail", f"{folder} holds no pool")
+    assert finding.fix == f"delete it: vllm-kvpool clear --name odd --shm-dir {shm_dir}"
+    folder.chmod(0o777)
+    finding = findings(shm_dir)["pool 'odd'"]
+    assert f"everybody may write to {folder}" in finding.message
+    assert finding.fix.endswith(f"rm -r {folder}")
 
 
 def test_silent_daemon(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:

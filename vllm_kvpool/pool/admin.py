@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vllm_kvpool._native import PoolFormatError, PoolView
+from vllm_kvpool.advice import no_daemon, pool_folders
 from vllm_kvpool.channel import call_daemon
 from vllm_kvpool.clock import pool_time_ms
-from vllm_kvpool.config import pool_dir
+from vllm_kvpool.config import POOL_PREFIX, pool_dir
 from vllm_kvpool.errors import PoolUnavailable
 from vllm_kvpool.liveness import is_locked
-from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.paths import PoolPaths, check_folder
 from vllm_kvpool.pool.files import PoolFolder, size_text
 from vllm_kvpool.protocol import Clear, Cleared, Stats, StatsReply
-
-PREFIX = "vllm-kvpool-"
 
 
 class PoolSummary(NamedTuple):
@@ -41,18 +40,21 @@ class PoolSummary(NamedTuple):
 
 
 def list_pools(shm_dir: str) -> list[PoolSummary]:
-    return [_summarize(folder) for folder in sorted(Path(shm_dir).glob(PREFIX + "*"))]
+    return [_summarize(folder) for folder in pool_folders(shm_dir)]
 
 
 def _summarize(folder: Path) -> PoolSummary:
     paths = PoolPaths(folder)
-    name = folder.name.removeprefix(PREFIX)
+    name = folder.name.removeprefix(POOL_PREFIX)
     empty = PoolSummary(name, str(folder), None, None, 0, 0, 0, 0, [], "")
     try:
+        check_folder(folder)
         running = is_locked(paths.daemon_lock)
         resident = paths.pool.stat().st_blocks * 512
         info: dict[str, Any] = PoolView.open(str(paths.pool)).info()
-    except (OSError, PoolFormatError) as error:
+    except FileNotFoundError:
+        return empty._replace(problem=f"{folder} holds no pool")
+    except (OSError, PoolFormatError, PoolUnavailable) as error:
         return empty._replace(problem=str(error))
     return empty._replace(
         daemon=info["pid"] if running else None,
@@ -92,7 +94,7 @@ def fetch_stats(name: str, shm_dir: str, timeout_s: float = 5.0) -> dict[str, An
 def _running(name: str, shm_dir: str) -> PoolPaths:
     paths = PoolPaths(pool_dir(name, shm_dir))
     if not is_locked(paths.daemon_lock):
-        raise PoolUnavailable(f"no daemon serves pool '{name}': vllm-kvpool serve --name {name}")
+        raise PoolUnavailable(no_daemon(name, shm_dir))
     return paths
 
 

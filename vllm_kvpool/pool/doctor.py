@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+import shlex
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 from vllm_kvpool import __version__
 from vllm_kvpool._native import FORMAT_VERSION
+from vllm_kvpool.advice import clear_line, serve_line
 from vllm_kvpool.errors import ConfigError, PoolUnavailable, ProtocolError
 from vllm_kvpool.keys import differing_fields
 from vllm_kvpool.liveness import is_held
-from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.paths import PoolPaths, check_folder
 from vllm_kvpool.pool.admin import PoolSummary, fetch_stats, list_pools
 from vllm_kvpool.pool.files import Mount, size_text
 from vllm_kvpool.pool.namespaces import fields_of
@@ -153,11 +155,10 @@ def _hash_seed() -> Finding:
 
 def _daemon(pool: PoolSummary, shm_dir: str) -> Finding:
     name = f"pool '{pool.name}'"
-    delete = f"vllm-kvpool clear --name {pool.name}"
     if pool.problem:
-        return Finding(name, "fail", pool.problem, f"delete it: {delete}")
+        return Finding(name, "fail", pool.problem, _deletion(pool, shm_dir))
     if pool.daemon is None:
-        serve = f"vllm-kvpool serve --name {pool.name} --size {pool.size}"
+        serve, delete = serve_line(pool.name, shm_dir), clear_line(pool.name, shm_dir)
         message = f"no daemon, {size_text(pool.resident)} of memory in use"
         return Finding(name, "warn", message, f"serve it again: {serve}; or delete it: {delete}")
     if pool.silent_s is not None and pool.silent_s > SILENT_S:
@@ -171,6 +172,15 @@ def _daemon(pool: PoolSummary, shm_dir: str) -> Finding:
     except (PoolUnavailable, ProtocolError) as error:
         return Finding(name, "fail", str(error), f"kill {pool.daemon} and start it again")
     return _running(pool, stats)
+
+
+def _deletion(pool: PoolSummary, shm_dir: str) -> str:
+    """Of a folder that cannot be a pool's: where it is not to be trusted, we would refuse to."""
+    try:
+        check_folder(Path(pool.folder))
+    except PoolUnavailable:
+        return f"as its owner or as root: rm -r {shlex.quote(pool.folder)}"
+    return f"delete it: {clear_line(pool.name, shm_dir)}"
 
 
 def _running(pool: PoolSummary, stats: dict[str, Any]) -> Finding:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from vllm_kvpool._native import PoolFormatError, PoolOwner
+from vllm_kvpool.advice import clear_line
 from vllm_kvpool.config import PoolConfig, parse_size, pool_dir
 from vllm_kvpool.errors import ConfigError, PoolUnavailable
 from vllm_kvpool.liveness import lock_file, names
@@ -177,7 +178,7 @@ def open_pool(folder: PoolFolder, config: PoolConfig, now_s: int) -> PoolOwner:
 def _attach(
     folder: PoolFolder, config: PoolConfig, size: int, min_block: int, now_s: int
 ) -> PoolOwner:
-    delete = f"delete it and start cold: vllm-kvpool clear --name {folder.name}"
+    delete = f"delete it and start cold: {clear_line(folder.name, config.shm_dir)}"
     try:
         owner = PoolOwner.attach(str(folder.paths.pool), now_s=now_s)
     except PoolFormatError as error:
