@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def pool_folders(shm_dir: str) -> list[Path]:
 def no_daemon(name: str, shm_dir: str) -> str:
     """Said of a pool that nobody serves: what there is instead, and how to start its daemon."""
     there = "its blocks are kept"
-    if not PoolPaths(pool_dir(name, shm_dir)).pool.exists():
+    if not os.path.exists(PoolPaths(pool_dir(name, shm_dir)).pool):
         pools = [folder.name.removeprefix(POOL_PREFIX) for folder in pool_folders(shm_dir)]
         there = f"pools here: {', '.join(pools) or 'none'}"
     line = serve_line(name, shm_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+from helpers import Daemon, until
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
 
 from vllm_kvpool.connector import KVPoolConnector, compat
@@ -153,6 +155,73 @@ def test_missing_layout_of_a_worker_turns_the_pool_off(
     prompt = prompt_of(2, 6 * BLOCK)
     assert engine.generate(prompt) == (expected_output(prompt), 0)
     assert engine.stats == {"misses:no_pool": 1}
+
+
+# daemons that are not there ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("vllm_kvpool.connector.link.ABSENT_S", 0.2)
+    caplog.set_level(logging.INFO)
+
+
+def step_until_logged(engine: MiniEngine, caplog: pytest.LogCaptureFixture, words: str) -> None:
+    until(lambda: (engine.step(), words in caplog.text)[1], words)
+
+
+def count_lines(caplog: pytest.LogCaptureFixture, words: str) -> int:
+    return sum(words in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_wrong_name_of_a_pool_is_said_once_with_the_names_there_are(
+    make_engine: MakeEngine, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(extra={"pool": "tset"}, connect=False)
+    words = (
+        f"no daemon serves pool 'tset' in {daemon.shm_dir} (pools here: test); start it: "
+        f"vllm-kvpool serve --name tset --shm-dir {daemon.shm_dir}"
+    )
+    assert engine.connector.has_pending_push_work()  # no request comes, and yet it is said
+    step_until_logged(engine, caplog, words)
+    assert not engine.connector.has_pending_push_work()
+    prompt = prompt_of(3, 6 * BLOCK)
+    assert engine.generate(prompt) == (expected_output(prompt), 0)
+    time.sleep(0.3)
+    engine.step()
+    assert count_lines(caplog, "no daemon serves") == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_daemon_that_goes_and_comes_back_is_said_once_each(
+    make_engine: MakeEngine, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine()
+    gone = "the daemon of pool 'test' is gone: storing nothing until it is back, loads go on"
+    for seed in range(2):
+        caplog.clear()
+        daemon.kill()
+        engine.generate(prompt_of(10 + seed, 6 * BLOCK))
+        step_until_logged(engine, caplog, gone)
+        time.sleep(0.3)
+        engine.step()
+        assert count_lines(caplog, gone) == 1
+        daemon.start()
+        step_until_logged(engine, caplog, "the daemon of pool 'test' is back")
+    assert engine.connector._scheduler._link.connected
+
+
+@pytest.mark.usefixtures("impatient")
+def test_daemon_that_hangs_is_said_not_to_answer(
+    make_engine: MakeEngine, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(connect=False)
+    daemon.pause()
+    assert engine.connector.has_pending_push_work()
+    step_until_logged(engine, caplog, "the daemon of pool 'test' does not answer: nothing is")
+    daemon.resume()
+    step_until_logged(engine, caplog, "connected as client")
 
 
 # how it is found --------------------------------------------------------------------------------------

@@ -120,7 +120,8 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
 
     def has_pending_push_work(self) -> bool:
         """Keeps an engine without requests stepping: until its last stores are done, and, for an
-        instant at its start, until its workers map the pool, so that no request waits for that."""
+        instant at its start, until its workers map the pool, so that no request waits for that (or
+        until the log has said that no daemon answers)."""
         side = self._scheduler
         return side is not None and (side.stores_in_flight or side.introducing)
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 from typing import Any
 
+from vllm_kvpool.advice import no_daemon
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.config import AUTO, ConnectorConfig, pool_dir
 from vllm_kvpool.connector import compat
@@ -23,7 +24,8 @@ from vllm_kvpool.errors import PoolUnavailable
 from vllm_kvpool.keys import key_mask
 from vllm_kvpool.launch import ensure_daemon
 from vllm_kvpool.ledger import StoreGrant
-from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.liveness import is_locked
+from vllm_kvpool.paths import PoolPaths, check_folder
 from vllm_kvpool.types import REF_BYTES, BlockKeys, SlotRefs, unpack_refs
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ logger = logging.getLogger(__name__)
 FIRST_HELLO_S = 0.5
 """How long the first requests of an engine may be put off (not blocked) until the daemon has
 answered."""
+ABSENT_S = 2.0
+"""Without a connection for so long, the log says that there is none; a restart is faster."""
 GROUP = 0
 """The only KV cache group that is shared."""
 
@@ -49,6 +53,9 @@ class PoolLink:
         self._settled = False
         self._settling = False
         self._settle_until_s = 0.0
+        self._absent_since_s: float | None = None
+        """None while connected."""
+        self._told_absence = False
         self._damaged: set[int] = set()
         """A reference is never used again, so it may stay here: one for each checksum that failed."""
         self.client: PoolClient | None = None
@@ -78,6 +85,11 @@ class PoolLink:
     def connected(self) -> bool:
         """Whether stores are taken now."""
         return self._settled and self.client is not None and self.client.connected
+
+    @property
+    def awaiting(self) -> bool:
+        """Whether the first Hello is still to be answered, or its answer to be missed in the log."""
+        return self.client is not None and not self._settled and not self._told_absence
 
     def set_layouts(self, layouts: Mapping[tuple[int, int], WorkerLayout]) -> None:
         """By (pipeline rank, tensor rank), as vLLM collects them."""
@@ -124,7 +136,35 @@ class PoolLink:
             self._settled = True
             logger.info("KV pool: connected as client %s", self.client.client_id)
         self._settling = not self._settled and time.monotonic() < self._settle_until_s
+        self._watch_daemon(self.client.connected)
         return grants
+
+    def _watch_daemon(self, connected: bool) -> None:
+        """One line in the log when it is missed, and one when it is there again."""
+        if connected:
+            if self._told_absence:
+                name = self._config.pool_name
+                logger.info("KV pool: the daemon of pool '%s' is back: blocks are stored", name)
+            self._absent_since_s, self._told_absence = None, False
+        elif self._absent_since_s is None:
+            self._absent_since_s = time.monotonic()
+        elif not self._told_absence and time.monotonic() - self._absent_since_s >= ABSENT_S:
+            self._told_absence = True
+            logger.warning("KV pool: %s", self._absence())
+
+    def _absence(self) -> str:
+        name = self._config.pool_name
+        try:
+            check_folder(self._folder)
+            runs = is_locked(PoolPaths(self._folder).daemon_lock)
+        except (OSError, PoolUnavailable) as error:
+            return f"pool '{name}' is out of reach: {error}"
+        what = f"the daemon of pool '{name}' {'does not answer' if runs else 'is gone'}"
+        if self._settled:
+            return f"{what}: storing nothing until it is back, loads go on"
+        if runs:
+            return f"{what}: nothing is stored or loaded until it takes this engine; ask `vllm-kvpool doctor`"
+        return no_daemon(name, self._config.shm_dir)
 
     def take_skipped(self) -> dict[str, int]:
         """What the client left undone since the last call, by reason."""

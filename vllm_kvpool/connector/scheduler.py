@@ -134,7 +134,7 @@ class SchedulerSide:
         if self._announced is not None:
             return False
         self._link.start()
-        return self._link.settling or self._link.connected
+        return self._link.awaiting or self._link.connected
 
     # engine ---------------------------------------------------------------------------------------
 
