@@ -14,6 +14,7 @@ import pytest
 
 from vllm_kvpool import protocol
 from vllm_kvpool.config import ConnectorConfig, PoolConfig
+from vllm_kvpool.connector.hints import Hints
 from vllm_kvpool.pool.service import PoolService
 from vllm_kvpool.protocol import AnyReply, AnyRequest, Request
 
@@ -83,6 +84,11 @@ def test_config_fields_and_defaults(heading: str, config: type[msgspec.Struct]) 
         value = getattr(config(), field)
         shown = str(value).lower() if isinstance(value, bool) else str(value)
         assert default == (f"`{shown}`" if shown else "(none)"), field
+
+
+def test_hints() -> None:
+    described = tables(sections("configuration.md", "##")["A request"])
+    assert list(described) == list(Hints.__struct_fields__)
 
 
 def test_every_option_of_serve_has_a_help_text() -> None:

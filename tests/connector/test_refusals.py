@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ import pytest
 import torch
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
 from helpers import Daemon, until
+from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
 
 from vllm_kvpool.connector import KVPoolConnector, compat
@@ -24,6 +27,7 @@ MakeEngine = Callable[..., MiniEngine]
 
 def config_with(**changes: Any) -> Any:
     transfer = {
+        "kv_connector": "KVPoolConnector",
         "kv_load_failure_policy": "recompute",
         "kv_role": "kv_both",
         "kv_connector_extra_config": {},
@@ -32,7 +36,7 @@ def config_with(**changes: Any) -> Any:
     transfer |= {key: value for key, value in changes.items() if key in transfer}
     model |= {key: value for key, value in changes.items() if key in model}
     return SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(**transfer), model_config=SimpleNamespace(**model)
+        kv_transfer_config=KVTransferConfig(**transfer), model_config=SimpleNamespace(**model)
     )
 
 
@@ -42,12 +46,27 @@ def test_usable_configuration_is_taken() -> None:
     assert _checked_config(config_with()).pool == "auto"
 
 
-@pytest.mark.parametrize("policy", ["fail", None])
-def test_load_failures_must_be_computed_again(policy: str | None) -> None:
+def test_load_failures_must_be_computed_again() -> None:
+    """The message ends with the whole option, and the user's settings are in it."""
+    extra = {"pool": "main", "epoch": "it's"}
+    config = config_with(kv_load_failure_policy="fail", kv_connector_extra_config=extra)
     with pytest.raises(ConfigError) as caught:
-        _checked_config(config_with(kv_load_failure_policy=policy))
-    assert '"kv_load_failure_policy": "recompute"' in str(caught.value)
-    assert "--kv-transfer-config '{" in str(caught.value)
+        _checked_config(config)
+    text, _, flag = str(caught.value).partition(" so: ")
+    assert "(vLLM's default)" in text
+    assert text.endswith('add "kv_load_failure_policy": "recompute",')
+    option, value = shlex.split(flag)
+    assert option == "--kv-transfer-config"
+    assert json.loads(value) == {
+        "kv_connector": "KVPoolConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": extra,
+        "kv_load_failure_policy": "recompute",
+    }
+    mended = SimpleNamespace(
+        kv_transfer_config=KVTransferConfig(**json.loads(value)), model_config=config.model_config
+    )
+    assert _checked_config(mended).pool == "main"
 
 
 @pytest.mark.parametrize(

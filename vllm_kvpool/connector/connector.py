@@ -3,7 +3,10 @@ delegates."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +30,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE = (
-    """--kv-transfer-config '{"kv_connector": "KVPoolConnector", "kv_role": "kv_both", """
-    """"kv_connector_module_path": "vllm_kvpool.connector", """
-    """"kv_load_failure_policy": "recompute"}'"""
-)
+OPTION = "--kv-transfer-config"
+DRAWN = ("engine_id",)
+"""Fields of it that vLLM fills where nobody does."""
 
 
 class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
@@ -210,11 +211,13 @@ def _checked_config(vllm_config: Any) -> ConnectorConfig:
     policy = getattr(transfer, "kv_load_failure_policy", None)
     if policy != "recompute":
         fix = (
-            f"a block that cannot be loaded has to be computed, not to fail its request: {EXAMPLE}"
+            "a block that cannot be loaded has to be computed, not to fail its request (vLLM's default): "
+            f"{_option_with(transfer, 'kv_load_failure_policy', 'recompute')}"
         )
         raise ConfigError("kv_load_failure_policy", policy, fix)
     if transfer.kv_role != "kv_both":
-        fix = f"this connector loads and stores in every engine: {EXAMPLE}"
+        option = _option_with(transfer, "kv_role", "kv_both")
+        fix = f"this connector loads and stores in every engine: {option}"
         raise ConfigError("kv_role", transfer.kv_role, fix)
     if compat.may_use_cascade_attention(vllm_config):
         fix = (
@@ -224,3 +227,20 @@ def _checked_config(vllm_config: Any) -> ConnectorConfig:
         raise ConfigError("disable_cascade_attn", False, fix)
     extra = transfer.kv_connector_extra_config
     return ConnectorConfig.from_dict(dict(extra or {}), "kv_connector_extra_config")
+
+
+def _option_with(transfer: Any, field: str, value: str) -> str:
+    """What to add, and the whole option as it should be: the user's settings and this one."""
+    settings = {
+        known.name: getattr(transfer, known.name)
+        for known in dataclasses.fields(transfer)
+        if known.name not in DRAWN and getattr(transfer, known.name) != _default(known)
+    }
+    text = json.dumps({**settings, field: value}, default=str)
+    return f'add "{field}": "{value}", so: {OPTION} {shlex.quote(text)}'
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_kvpool.config import ConnectorConfig
 from vllm_kvpool.connector import compat
-from vllm_kvpool.connector.hints import parse_hints
+from vllm_kvpool.connector.hints import HintReader
 from vllm_kvpool.connector.link import PoolLink
 from vllm_kvpool.connector.loads import LoadPlanner
 from vllm_kvpool.connector.metadata import (
@@ -37,6 +37,7 @@ class SchedulerSide:
         lookahead = compat.lookahead_blocks(vllm_config)
         self._loads = LoadPlanner(self._link, config, self._stats, numbers, lookahead)
         self._stores = StorePlanner(self._link, config, self._stats, numbers)
+        self._hints = HintReader()
         self._records: dict[str, RequestRecord] = {}
         self._polled = False
         """Whether messages were taken since the last step was planned."""
@@ -53,7 +54,7 @@ class SchedulerSide:
 
     def add_request(self, request: Any) -> RequestRecord:
         self._link.start()
-        hints = parse_hints(request.request_id, request.kv_transfer_params)
+        hints = self._hints.read(request.request_id, request.kv_transfer_params)
         record = RequestRecord(request, hints)
         if request.lora_request is not None and not self._lora_is_hashed:
             record.ambiguous_lora = True
