@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from helpers import run_cli, serve_command
 
+from vllm_kvpool.pool.mount import hugepage_mode
+
 UNSHARE = (
     ["unshare", "--mount"]
     if os.geteuid() == 0
@@ -86,3 +88,23 @@ def test_mount_that_fills_up_later_limits_the_pool(tmp_path: Path) -> None:
     assert "is full" in process.stdout
     assert "remount,size=" in process.stdout
     assert signal.SIGBUS.name not in process.stderr
+
+
+@needs_mount
+@pytest.mark.skipif(hugepage_mode() in {None, "deny", "force"}, reason="not the mount decides here")
+def test_huge_pages_are_missed_where_the_mount_gives_none_and_the_fix_mends_that(
+    tmp_path: Path,
+) -> None:
+    serve = shlex.join(serve_command(tmp_path, "--hugepages", size="16MiB"))
+    out = tmp_path / "out"
+    script = (
+        f"{{ {serve} > {out} & while ! grep ready {out}; do sleep 0.1; done; kill $!; wait $!; }}"
+    )
+    plain = in_mount(tmp_path, script)
+    assert "ready" in plain.stdout
+    assert "no huge pages for the pool" in plain.stderr
+    fix = f"mount -o remount,huge=advise {tmp_path}"
+    assert fix in plain.stderr
+    mended = in_mount(tmp_path, f"{fix} && {script}")
+    assert "ready" in mended.stdout
+    assert "no huge pages" not in mended.stderr

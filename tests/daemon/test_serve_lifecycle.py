@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import Daemon, connect, keys_of, run_cli, store
 
+from vllm_kvpool.pool.mount import Mount
 from vllm_kvpool.types import num_refs
 
 
@@ -23,6 +24,7 @@ def test_sigterm_keeps_the_blocks(daemon: Daemon) -> None:
     store(client, keys_of("chain", 5))
     client.close()
     assert daemon.stop() == 0
+    assert "pool 'test' kept, 5 blocks" in daemon.errors()
     daemon.start()
     assert "5 blocks kept" in daemon.ready_line
     again = connect(daemon.paths)
@@ -40,6 +42,23 @@ def test_remove_deletes_the_pool(make_daemon: Callable[..., Daemon]) -> None:
     assert daemon.paths.pool.exists()
     assert daemon.stop() == 0
     assert not daemon.paths.folder.exists()
+    assert "pool 'test' removed, with 0 blocks" in daemon.errors()
+
+
+def test_deleted_pool_is_not_said_to_be_kept(daemon: Daemon) -> None:
+    daemon.paths.pool.unlink()
+    assert daemon.stop() == 0
+    assert "kept" not in daemon.errors()
+
+
+def test_disk_is_warned_of(tmp_path: Path, make_daemon: Callable[..., Daemon]) -> None:
+    if Mount.of(tmp_path).kind == "tmpfs":
+        pytest.skip("no folder on a disk here")
+    daemon = Daemon(tmp_path).start()
+    assert daemon.stop() == 0
+    assert f"{tmp_path} is on" in daemon.errors()
+    assert "not in memory" in daemon.errors()
+    assert "not in memory" not in make_daemon().errors()
 
 
 def test_files_are_private_unless_shared_with_the_group(make_daemon: Callable[..., Daemon]) -> None:

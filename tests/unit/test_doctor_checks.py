@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from vllm_kvpool.errors import ConfigError
 from vllm_kvpool.pool import doctor
-from vllm_kvpool.pool.files import Mount
+from vllm_kvpool.pool import mount as mount_module
+from vllm_kvpool.pool.mount import Mount
 
 
 @pytest.mark.parametrize(
@@ -51,14 +53,53 @@ def test_locked_memory(monkeypatch: pytest.MonkeyPatch, limit: int, status: str)
     assert ("ulimit -l unlimited" in finding.fix) == (status == "warn")
 
 
+def test_memory_and_disks_are_told_apart(tmp_path: Path) -> None:
+    assert Mount.of(Path("/dev/shm")).why_slow() == ""
+    on_disk = Mount(tmp_path, 64 << 30, 64 << 30, kind="ext4")
+    assert f"{tmp_path} is on ext4, not in memory" in on_disk.why_slow()
+    assert "of an unknown kind" in on_disk._replace(kind="").why_slow()
+
+
+def test_disk_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Mount, "of", lambda path: Mount(path, 64 << 30, 64 << 30, kind="xfs"))
+    finding = doctor._shared_memory("/data")
+    assert finding.status == "warn"
+    assert "/data is on xfs" in finding.message
+    assert "/dev/shm" in finding.fix
+
+
+@pytest.mark.parametrize("path", ["/proc", "/sys"])
+def test_what_holds_no_files_is_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match="holds no files of ours: name a mounted tmpfs"):
+        Mount.of(Path(path))
+    finding = doctor._shared_memory(path)
+    assert (finding.status, finding.fix) == ("fail", "--shm-dir: name a mounted tmpfs, as /dev/shm")
+
+
 @pytest.mark.parametrize(
-    ("modes", "fix"), [("always [never] deny", True), ("always [advise] never", False)]
+    ("huge", "modes", "fix"),
+    [
+        ("never", "always advise [never] deny force", "mount -o remount,huge=advise /shm"),
+        ("never", "[always] advise never deny force", "mount -o remount,huge=advise /shm"),
+        ("advise", "always advise [never] deny force", ""),
+        ("never", "always advise never deny [force]", ""),
+        ("always", "always advise never [deny] force", "echo never > "),
+        ("always", None, ""),
+    ],
 )
-def test_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, modes: str, fix: bool) -> None:
+def test_huge_pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, huge: str, modes: str | None, fix: str
+) -> None:
     file = tmp_path / "shmem_enabled"
-    file.write_text(modes)
-    monkeypatch.setattr(doctor, "SHMEM_HUGEPAGES", file)
-    assert bool(doctor._hugepages().fix) == fix
+    if modes is not None:
+        file.write_text(modes)
+    monkeypatch.setattr(mount_module, "SHMEM_HUGEPAGES", file)
+    monkeypatch.setattr(Mount, "of", lambda path: Mount(path, 1 << 34, 1 << 34, huge=huge))
+    finding = doctor._hugepages("/shm")
+    assert finding.status == "ok"
+    assert bool(finding.fix) == bool(fix)
+    assert fix in finding.fix
+    assert ("this kernel has none" in finding.message) == (modes is None)
 
 
 def test_versions_are_named() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.liveness import ClientLock
-from vllm_kvpool.pool.files import Mount, PoolFolder, size_text
+from vllm_kvpool.pool.files import PoolFolder, size_text
+from vllm_kvpool.pool.mount import Mount
 from vllm_kvpool.pool.namespaces import describe, fields_of, news
 from vllm_kvpool.pool.prefault import Prefault
 from vllm_kvpool.pool.service import PoolService

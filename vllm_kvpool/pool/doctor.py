@@ -19,7 +19,8 @@ from vllm_kvpool.keys import differing_fields
 from vllm_kvpool.liveness import is_held
 from vllm_kvpool.paths import PoolPaths, check_folder
 from vllm_kvpool.pool.admin import PoolSummary, fetch_stats, list_pools
-from vllm_kvpool.pool.files import Mount, size_text
+from vllm_kvpool.pool.files import size_text
+from vllm_kvpool.pool.mount import TMPFS, Mount
 from vllm_kvpool.pool.namespaces import fields_of
 from vllm_kvpool.protocol import PROTOCOL_VERSION
 
@@ -35,7 +36,6 @@ SEEDED_VLLM = (0, 29)
 decides."""
 MODEL_FIELDS = ("config", "weights")
 """Namespaces that differ in one of these hold different models: as it should be."""
-SHMEM_HUGEPAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 class Finding(NamedTuple):
@@ -51,7 +51,7 @@ def examine(shm_dir: str) -> list[Finding]:
     findings = [
         _shared_memory(shm_dir),
         _memlock(),
-        _hugepages(),
+        _hugepages(shm_dir),
         _versions(),
         _hash_seed(),
     ]
@@ -79,7 +79,7 @@ def _shared_memory(shm_dir: str) -> Finding:
     try:
         mount = Mount.of(Path(shm_dir))
     except ConfigError as error:
-        return Finding(name, "fail", str(error), f"mount -t tmpfs tmpfs {shm_dir}")
+        return Finding(name, "fail", str(error).removesuffix(f": {TMPFS}"), f"--shm-dir: {TMPFS}")
     message = f"{shm_dir} has {size_text(mount.size)}, {size_text(mount.free)} free"
     if mount.size < SMALL_MOUNT_BYTES:
         fix = (
@@ -87,6 +87,8 @@ def _shared_memory(shm_dir: str) -> Finding:
             "a Kubernetes emptyDir with medium Memory"
         )
         return Finding(name, "fail", message, fix)
+    if why := mount.why_slow():
+        return Finding(name, "warn", why.removesuffix(f"; {TMPFS}"), f"--shm-dir: {TMPFS}")
     return Finding(name, "ok", message)
 
 
@@ -101,16 +103,16 @@ def _memlock() -> Finding:
     return Finding("locked memory", "warn", message, fix)
 
 
-def _hugepages() -> Finding:
+def _hugepages(shm_dir: str) -> Finding:
+    name = "huge pages"
     try:
-        modes = SHMEM_HUGEPAGES.read_text(encoding="ascii")
-    except OSError:
-        return Finding("huge pages", "ok", "this kernel has none for shared memory")
-    mode = modes[modes.find("[") + 1 : modes.find("]")]
-    if mode in {"never", "deny"}:
-        fix = f"for `serve --hugepages`: echo advise > {SHMEM_HUGEPAGES}"
-        return Finding("huge pages", "ok", f"shared memory uses none ({mode})", fix)
-    return Finding("huge pages", "ok", f"available to shared memory ({mode})")
+        mount = Mount.of(Path(shm_dir))
+    except ConfigError:
+        return Finding(name, "ok", f"none, {shm_dir} cannot hold a pool")
+    why, _, fix = mount.why_no_hugepages().partition(": ")
+    if why:
+        return Finding(name, "ok", why, fix and f"for `serve --hugepages`: {fix}")
+    return Finding(name, "ok", f"{shm_dir} gives them to pools that ask (serve --hugepages)")
 
 
 # versions -----------------------------------------------------------------------------------------

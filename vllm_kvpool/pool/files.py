@@ -14,7 +14,7 @@ import stat
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 from vllm_kvpool._native import PoolFormatError, PoolOwner
 from vllm_kvpool.advice import clear_line
@@ -22,6 +22,7 @@ from vllm_kvpool.config import PoolConfig, parse_size, pool_dir
 from vllm_kvpool.errors import ConfigError, PoolUnavailable
 from vllm_kvpool.liveness import lock_file, names
 from vllm_kvpool.paths import PoolPaths, check_folder
+from vllm_kvpool.pool.mount import Mount
 
 logger = logging.getLogger(__name__)
 
@@ -41,29 +42,6 @@ def size_text(size: float) -> str:
             return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-class Mount(NamedTuple):
-    """Room on a shared-memory mount."""
-
-    path: Path
-    size: int
-    free: int
-
-    @staticmethod
-    def of(path: Path) -> Mount:
-        try:
-            room = os.statvfs(path)
-        except OSError as error:
-            fix = "name a mounted tmpfs, as /dev/shm"
-            raise ConfigError("shm_dir", str(path), f"{error.strerror}: {fix}") from None
-        return Mount(path, room.f_blocks * room.f_frsize, room.f_bavail * room.f_frsize)
-
-    def fix(self, needed: int) -> str:
-        return (
-            f"make it larger (mount -o remount,size={needed} {self.path}; in a container: "
-            f"docker run --shm-size={needed}) or take a smaller --size"
-        )
 
 
 class PoolFolder:
@@ -118,13 +96,17 @@ class PoolFolder:
                     path.unlink()
                     os.close(fd)
 
+    @property
+    def is_ours(self) -> bool:
+        return names(self.paths.daemon_lock, self._lock)
+
     def remove(self) -> None:
         """Delete the pool. Whoever still has it mapped keeps that memory until it lets go.
 
         Where the folder was deleted under us, another daemon may have made it anew: that is not
         ours to delete.
         """
-        if names(self.paths.daemon_lock, self._lock):
+        if self.is_ours:
             shutil.rmtree(self.paths.folder, ignore_errors=True)
         else:
             logger.warning("%s is not ours any more: not deleted", self.paths.folder)

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 
 from vllm_kvpool._native import PoolOwner
-from vllm_kvpool.pool.files import Mount, size_text
+from vllm_kvpool.pool.files import size_text
+from vllm_kvpool.pool.mount import Mount
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ from vllm_kvpool.clock import pool_time_s
 from vllm_kvpool.config import PoolConfig
 from vllm_kvpool.errors import ConfigError, KVPoolError
 from vllm_kvpool.pool.daemon import Daemon, stop_on_signals
-from vllm_kvpool.pool.files import Mount, PoolFolder, check_room, open_pool, size_text
+from vllm_kvpool.pool.files import PoolFolder, check_room, open_pool, size_text
+from vllm_kvpool.pool.mount import Mount
 from vllm_kvpool.pool.notify import notify
 from vllm_kvpool.pool.prefault import Prefault
 from vllm_kvpool.pool.service import PoolService
@@ -24,6 +25,7 @@ def serve(config: PoolConfig) -> None:
     out."""
     os.umask(0o007 if config.group_access else 0o077)
     check_room(config)
+    _warn(config)
     with PoolFolder(config.name, config.shm_dir, group_access=config.group_access) as folder:
         owner = open_pool(folder, config, pool_time_s())
         _place(owner, config)
@@ -31,8 +33,16 @@ def serve(config: PoolConfig) -> None:
         try:
             _check(owner)
         finally:
-            if config.remove:
-                folder.remove()
+            _say_end(owner, folder, config)
+
+
+def _warn(config: PoolConfig) -> None:
+    """Of what works, and not as it was meant."""
+    mount = Mount.of(Path(config.shm_dir))
+    if why := mount.why_slow():
+        logger.warning("%s", why)
+    if config.hugepages and (why := mount.why_no_hugepages()):
+        logger.warning("no huge pages for the pool: %s", why)
 
 
 def _place(owner: PoolOwner, config: PoolConfig) -> None:
@@ -74,6 +84,15 @@ def _say_ready(owner: PoolOwner, name: str, endpoints: list[str]) -> None:
         flush=True,
     )
     notify("READY=1")
+
+
+def _say_end(owner: PoolOwner, folder: PoolFolder, config: PoolConfig) -> None:
+    kept = owner.stats()["ready"]
+    if config.remove:
+        folder.remove()
+        logger.info("pool '%s' removed, with %d blocks", config.name, kept)
+    elif folder.is_ours and folder.paths.pool.exists():
+        logger.info("pool '%s' kept, %d blocks", config.name, kept)
 
 
 def _check(owner: PoolOwner) -> None:
