@@ -1,8 +1,9 @@
-"""The documents say what the code does: every message, error code, field, option and hint is
-described."""
+"""The documents say what the code does: every message, error code, field, option, hint, metric and
+counter is described."""
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import vllm_kvpool
 from vllm_kvpool import protocol
+from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.config import ConnectorConfig, PoolConfig
 from vllm_kvpool.connector.hints import Hints
 from vllm_kvpool.pool.service import PoolService
@@ -89,6 +92,118 @@ def test_config_fields_and_defaults(heading: str, config: type[msgspec.Struct]) 
 def test_hints() -> None:
     described = tables(sections("configuration.md", "##")["A request"])
     assert list(described) == list(Hints.__struct_fields__)
+
+
+# metrics ------------------------------------------------------------------------------------------
+
+PACKAGE = Path(vllm_kvpool.__file__).parent
+
+
+def nodes(module: str, kind: type[ast.AST], name: str = "") -> list[typing.Any]:
+    """Of `module`; those that are named so, if a name is given. Read, not imported: vLLM may be
+    missing."""
+    found = [n for n in ast.walk(ast.parse((PACKAGE / module).read_text())) if isinstance(n, kind)]
+    return [n for n in found if not name or called(n) == name]
+
+
+def called(node: typing.Any) -> str:
+    """Name of a function, of what a call calls, of what an assignment sets or an index looks into."""
+    if isinstance(node, ast.Assign):
+        return called(node.targets[0])
+    for inner in ("func", "value"):
+        if hasattr(node, inner) and not isinstance(node, ast.Attribute):
+            return called(getattr(node, inner))
+    return str(
+        getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "name", "")
+    )
+
+
+def words(*trees: ast.AST) -> set[str]:
+    """String literals, without docstrings and names of attributes; f-strings as in "error_<code>"."""
+    found: set[str] = set()
+    for node in trees:
+        if isinstance(node, ast.JoinedStr):
+            found.add("".join(map(part, node.values)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+        elif not (is_docstring(node) or (isinstance(node, ast.Call) and called(node) == "getattr")):
+            found |= words(*ast.iter_child_nodes(node))
+    return found - {""}
+
+
+def is_docstring(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def part(node: typing.Any) -> str:
+    return str(node.value) if isinstance(node, ast.Constant) else f"<{called(node)}>"
+
+
+def bodies(module: str, *functions: str) -> set[str]:
+    return words(
+        *(n for name in functions for d in nodes(module, ast.FunctionDef, name) for n in d.body)
+    )
+
+
+def table_in(name: str) -> dict[str, str]:
+    (assign,) = nodes("connector/stats.py", ast.Assign, name)
+    return dict(ast.literal_eval(assign.value))
+
+
+def reasons_in_code() -> dict[str, set[str]]:
+    """Metric -> reasons. Those that are no literal where they are counted come from elsewhere."""
+    left = words(*nodes("client.py", ast.Call, "_leave")) | {"lost"}
+    skipped = words(*(n.slice for n in nodes("client.py", ast.Subscript, "skipped")))
+    skipped = skipped - {"store_<reason>"} | {f"store_{reason}" for reason in left}
+    (statuses,) = nodes("connector/loads.py", ast.Assign, "STATUS_REASONS")
+    elsewhere = {
+        "misses": bodies("connector/loads.py", "look_up", "_why_not"),
+        "load_failed_blocks": words(*statuses.value.values),
+        "store_skipped_blocks": words(*nodes("connector/stores.py", ast.Call, "_give_up"))
+        | left
+        | {"<code>"},
+        "client_skipped": skipped | bodies("client.py", "_why_not"),
+    }
+    reasons: dict[str, set[str]] = {name: set(found) for name, found in elsewhere.items()}
+    for path in (PACKAGE / "connector").glob("*.py"):
+        for call in nodes(f"connector/{path.name}", ast.Call, "count"):
+            for keyword in call.keywords:
+                metric = call.args[0].value
+                known = isinstance(keyword.value, ast.Constant) or metric in elsewhere
+                assert known, f"say above where the reasons of {metric} come from"
+                reasons.setdefault(metric, set()).update(words(keyword.value))
+    return reasons
+
+
+def test_metrics() -> None:
+    described = tables(sections("metrics.md", "##")["In an engine's `/metrics`"].split("###")[0])
+    counters, reasoned = table_in("COUNTERS"), table_in("REASONED_COUNTERS")
+    types = {f"vllm:kvpool_{name}_total": "counter" for name in counters}
+    types |= {f"vllm:kvpool_{name}_total": "counter, `reason`" for name in reasoned}
+    types |= {f"vllm:kvpool_{name}": "histogram" for name in table_in("HISTOGRAMS")}
+    assert {name: cells[0] for name, cells in described.items()} == types
+
+
+def test_reasons() -> None:
+    headed = sections("metrics.md", "###")
+    described = {metric: set(tables(text.split("\n## ")[0])) for metric, text in headed.items()}
+    assert described == reasons_in_code()
+    assert set(described) == set(table_in("REASONED_COUNTERS"))
+
+
+def test_counters_of_stats(tmp_path: Path) -> None:
+    described = set(tables(sections("metrics.md", "##")["In `vllm-kvpool stats`"]))
+    native = set(PoolOwner.create(str(tmp_path / "pool"), 4 << 20).stats())
+    indexed = [
+        index.slice
+        for path in (PACKAGE / "pool").glob("*.py")
+        for name in ("counters", "_counters")
+        for index in nodes(f"pool/{path.name}", ast.Subscript, name)
+    ]
+    assert described == native | words(*indexed)
+
+
+# options ------------------------------------------------------------------------------------------
 
 
 def test_every_option_of_serve_has_a_help_text() -> None:

@@ -155,8 +155,8 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     checksum: Literal["off", "sampled", "all"] = "sampled"
     """Which blocks carry a payload checksum: none, one in 16 (chosen by key), or all."""
     epoch: str = ""
-    """Part of the namespace: change it to stop sharing with blocks stored before (new weights, same
-    path)."""
+    """A word in the namespace (not the pool's epoch): change it to stop sharing with blocks stored
+    before (new weights, same path)."""
 
     def __post_init__(self) -> None:
         check_pool_name("pool", self.pool_name)

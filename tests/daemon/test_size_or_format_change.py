@@ -32,6 +32,13 @@ def test_other_size_names_both_ways_out(daemon: Daemon) -> None:
     assert bigger.stop() == 0
 
 
+def test_share_says_of_what(daemon: Daemon) -> None:
+    filled_pool(daemon)
+    result = run_cli(*serve_command(daemon.shm_dir, size="0.1%")[3:])
+    assert result.returncode == 2
+    assert f"(0.1% of {daemon.shm_dir}). Keep its 7 blocks with --size 16777216" in result.stderr
+
+
 def test_other_smallest_block(daemon: Daemon) -> None:
     filled_pool(daemon)
     result = run_cli(*serve_command(daemon.shm_dir, "--min-block", "4KiB")[3:])

@@ -172,10 +172,12 @@ def _attach(
     ):
         if made != asked:
             kept = owner.stats()["ready"]
+            value = getattr(config, field)
+            share = f" ({value} of {config.shm_dir})" if str(value).strip().endswith("%") else ""
             raise ConfigError(
                 field,
-                getattr(config, field),
-                f"the pool '{folder.name}' was made with {made} bytes, not {asked}. Keep its "
+                value,
+                f"the pool '{folder.name}' was made with {made} bytes, not {asked}{share}. Keep its "
                 f"{kept} blocks with --{field.replace('_', '-')} {made}, or {delete}",
             )
     return owner
