@@ -241,6 +241,7 @@ def test_daemon_that_hangs_is_said_not_to_answer(
     step_until_logged(engine, caplog, "the daemon of pool 'test' does not answer: nothing is")
     daemon.resume()
     step_until_logged(engine, caplog, "connected as client")
+    assert count_lines(caplog, "is back") == 0
 
 
 # how it is found --------------------------------------------------------------------------------------

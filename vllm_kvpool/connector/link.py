@@ -133,7 +133,7 @@ class PoolLink:
             return []
         grants = self.client.poll()
         if not self._settled and self.client.connected:
-            self._settled = True
+            self._settled, self._told_absence = True, False
             logger.info("KV pool: connected as client %s", self.client.client_id)
         self._settling = not self._settled and time.monotonic() < self._settle_until_s
         self._watch_daemon(self.client.connected)
