@@ -67,7 +67,12 @@ def transfer_of(connector: str, extra: dict[str, Any] | None = None, **more: Any
 
 def add_options(parser: argparse.ArgumentParser, arms: str) -> None:
     known = ("none", *POOL_ARMS, *PEERS)
-    parser.add_argument("--arms", default=arms, help=f"of {', '.join(known)} (default {arms})")
+    parser.add_argument(
+        "--arms",
+        default=arms,
+        help=f"of {', '.join(known)}; our own with options of the connector, as in "
+        f"kvpool+checksum=off+store=prompt (default {arms})",
+    )
     parser.add_argument(
         "--size", choices=tuple(MODEL_SHAPES), default="8b", help="shape of the model"
     )
@@ -85,9 +90,21 @@ def runner_env(runner: str) -> dict[str, str]:
     return {} if runner == "auto" else {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
 
 
-def kvpool_arm(name: str, args: argparse.Namespace) -> Arm:
+def kind_of(name: str) -> str:
+    """ "kvpool" of "kvpool+checksum=off"."""
+    return name.partition("+")[0]
+
+
+def kvpool_arm(name: str, args: argparse.Namespace, folder: Path) -> Arm:
     extra = {"pool": POOL, "shm_dir": args.shm_dir, "checksum": args.checksum}
-    return Arm(name, kv_transfer_config(extra))
+    for option in name.split("+")[1:]:
+        field_name, _, value = option.partition("=")
+        extra[field_name] = int(value) if value.isdigit() else value
+    if not getattr(args, "trace", False):
+        return Arm(name, kv_transfer_config(extra))
+    traced = ("TracedKVPoolConnector", "benchmarks.traced_connector")
+    env = {"KVPOOL_TRACE": str(folder / f"{name}-trace.json")}
+    return Arm(name, kv_transfer_config(extra, connector=traced), env)
 
 
 @contextlib.contextmanager
@@ -187,17 +204,17 @@ def run_arms(
 ) -> list[str]:
     """`run` each arm, those of our own pool one after the other with one daemon. Returns notes."""
     notes: list[str] = []
-    pool_names = [name for name in names if name in POOL_ARMS]
+    pool_names = [name for name in names if kind_of(name) in POOL_ARMS]
     for name in names:
         try:
-            if name not in POOL_ARMS:
+            if name not in pool_names:
                 with peer_arm(name, folder) as arm:
                     run(arm)
             elif name == pool_names[0]:
                 with pool_daemon(args, folder) as note:
                     notes.append(note)
                     for one in pool_names:
-                        run(kvpool_arm(one, args))
+                        run(kvpool_arm(one, args, folder))
         except (KVPoolError, RuntimeError, OSError, subprocess.SubprocessError) as error:
             print(f"{name}: FAILED: {str(error)[-2000:]}", flush=True)
     for name in pool_names:

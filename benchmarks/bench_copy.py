@@ -10,7 +10,7 @@ Caveats. Nothing else runs on the GPU. The pool is populated, and the copy engin
 of copying (`--way` forces one), before anything is timed. "processor" is the time of all threads of this process (user
 and system, the polling once a millisecond included) for a GiB; "submit" is how long the call that starts all blocks
 keeps its caller. Checksums are off but in the last rows: there the processor reads every block that carries one (the
-connector's default is "sampled", one block in 16).
+connector's default is "sampled", one block in 64).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vllm_kvpool.types import KEY_BYTES, NO_REF, SlotRefs, num_refs, unpack_refs
 BLOCK_BYTES = 2 << 20
 FRAGMENTS = "8KiB,16KiB,32KiB,64KiB,128KiB,512KiB,2MiB"
 CHECKED_FRAGMENT = 64 << 10
-CHECKSUMS = {"off": 0, "sampled": 16, "all": 1}
+CHECKSUMS = {"off": 0, "sampled": 64, "all": 1}
 SEED = 7
 REGISTER_TIMEOUT_S = 30.0
 POLL_S = 50e-6
@@ -205,7 +205,7 @@ def measure_all(args: argparse.Namespace, results: list[dict[str, Any]]) -> None
     num_blocks = int(args.gib * GIB) // BLOCK_BYTES
     fragments = [parse_size("fragments", text, BLOCK_BYTES) for text in args.fragments.split(",")]
     rows = [(fragment, "off") for fragment in fragments]
-    rows += [(CHECKED_FRAGMENT, checksum) for checksum in ("sampled", "all")]
+    rows += [(CHECKED_FRAGMENT, checksum) for checksum in args.checksums.split(",") if checksum]
     shape = [(0, BLOCK_BYTES, BLOCK_BYTES)]
     folder = Path(tempfile.mkdtemp(prefix="kvpool-bench-", dir=args.shm_dir))
     try:
@@ -252,8 +252,9 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=2, help="moved by one copy")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--fragments", default=FRAGMENTS)
+    parser.add_argument("--checksums", default="sampled,all", help="settings for the last rows")
     parser.add_argument("--shm-dir", default=SHM_DIR)
-    parser.add_argument("--way", choices=("", "driver", "kernel"), default="")
+    parser.add_argument("--way", choices=("", "driver", "staged"), default="")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

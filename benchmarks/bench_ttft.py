@@ -26,11 +26,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Arm, add_options, measure_link, run_arms, run_child, work_folder
+from benchmarks.arms import (
+    Arm,
+    add_options,
+    kind_of,
+    measure_link,
+    run_arms,
+    run_child,
+    work_folder,
+)
 from benchmarks.offline import OfflineEngine, kv_bytes_per_token, make_model, random_prompt
 from benchmarks.report import write_json
 
 MODULE = "benchmarks.bench_ttft"
+STEPS = ("arrived", "submitted", "copied", "noticed", "scheduled", "launched", "finished")
+"""As `traced_connector` notes them, which is not imported here: it needs vLLM."""
 ARMS = "none,kvpool,kvpool-other,offloading,simple,lmcache,lmcache-mp"
 SEED = 7
 CHECKS = 2
@@ -52,14 +62,15 @@ class Prompts:
 
 
 def time_all(engine: OfflineEngine, prompts: Prompts, *, forget: bool) -> dict[str, list[Any]]:
-    times, cached = [], []
+    times, cached, begun_s = [], [], []
     for prompt in prompts.timed:
         if forget:
             engine.forget_vram()
+        begun_s.append(time.perf_counter())
         seconds, _, num_cached = engine.generate(prompt, 1)
         times.append(seconds * 1e3)
         cached.append(num_cached)
-    return {"ms": times, "cached": cached}
+    return {"ms": times, "cached": cached, "begun_s": begun_s}
 
 
 def outputs(engine: OfflineEngine, prompts: Prompts, *, forget: bool = False) -> list[list[int]]:
@@ -164,13 +175,15 @@ def measure(args: argparse.Namespace, names: list[str], folder: Path) -> dict[st
     lines: list[dict[str, Any]] = []
 
     def run(arm: Arm) -> None:
-        other = arm.name == "kvpool-other"
+        other = kind_of(arm.name) == "kvpool-other"
         job = {"lengths": args.lengths, "repeats": args.repeats, "other": other}
         result = run_child(MODULE, arm, job, folder, args)
         if result is None:
             return
         arms[arm.name] = result
-        computed = arms.get("kvpool", {"rows": []}) if other else result
+        if "KVPOOL_TRACE" in arm.env:
+            result["trace"] = trace(result["rows"], Path(arm.env["KVPOOL_TRACE"]))
+        computed = arms.get(arm.name.replace("-other", ""), {"rows": []}) if other else result
         by_length = {row["length"]: row["recompute_tokens"] for row in computed["rows"]}
         for row in result["rows"]:
             expected = by_length.get(row["length"], [])
@@ -180,9 +193,51 @@ def measure(args: argparse.Namespace, names: list[str], folder: Path) -> dict[st
     return {"link_gb_per_s": link, "table": lines, "notes": notes, "arms": arms}
 
 
+def trace(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """Median milliseconds between the steps of the timed requests, by length and kind."""
+    requests = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = []
+    for row in rows:
+        for kind in ("vram", "pool"):
+            spans = [
+                spans_ms(found, begun_s, begun_s + ms / 1e3)
+                for begun_s, ms in zip(row[kind]["begun_s"], row[kind]["ms"], strict=True)
+                for found in requests
+                if begun_s < found["arrived"] < begun_s + ms / 1e3
+            ]
+            names = dict.fromkeys(name for span in spans for name in span)
+            medians = {
+                name: statistics.median(span.get(name, 0.0) for span in spans) for name in names
+            }
+            lines.append({"tokens": row["length"], "kind": kind, "ms": medians, "all": spans})
+    return lines
+
+
+def spans_ms(found: dict[str, float], begun_s: float, ended_s: float) -> dict[str, float]:
+    """To each step from the one before."""
+    spans = {}
+    last_s = begun_s
+    for step in (name for name in STEPS if name in found):
+        spans[step] = (found[step] - last_s) * 1e3
+        last_s = found[step]
+    spans["returned"] = (ended_s - last_s) * 1e3
+    spans["launch_cpu"] = found.get("launch_cpu", 0.0) * 1e3
+    return spans
+
+
+def print_trace(name: str, lines: list[dict[str, Any]]) -> None:
+    print(f"\n{name}: ms from step to step, median ({', '.join(STEPS)}, returned)")
+    for line in lines:
+        spans = ", ".join(f"{step} {ms:.1f}" for step, ms in line["ms"].items())
+        print(f"{line['tokens']:,} {line['kind']}: {spans}")
+
+
 def print_results(results: dict[str, Any]) -> None:
     print("\n" + "\n".join(results["notes"]))
     print_table(results["table"])
+    for name, arm in results["arms"].items():
+        if "trace" in arm:
+            print_trace(name, arm["trace"])
     starts = {name: arm["start_s"] for name, arm in results["arms"].items()}
     print("\nms; engine start: " + ", ".join(f"{name} {s:.1f} s" for name, s in starts.items()))
     print(f"one big pinned copy, GB/s: {results['link_gb_per_s']}")
@@ -196,13 +251,17 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,8192,32768")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs instead of eager mode")
+    parser.add_argument(
+        "--trace", action="store_true", help="of our own arms: what a hit waits for"
+    )
+    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run_job(json.loads(args.child.read_text()))
         return
     args.lengths = [int(length) for length in args.lengths.split(",")]
-    args.engine = {"enforce_eager": not args.graphs}
+    args.engine = {"enforce_eager": not args.graphs, **args.engine}
     names = args.arms.split(",")
     if "kvpool-other" in names and "kvpool" not in names:
         names.insert(names.index("kvpool-other"), "kvpool")

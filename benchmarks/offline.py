@@ -77,12 +77,12 @@ class OfflineEngine:
         from vllm import LLM
 
         connector = {} if transfer is None else {"kv_transfer_config": transfer}
+        options.setdefault("max_model_len", 40_000)
         begun = time.perf_counter()
         self.llm = LLM(
             model,
             load_format="dummy",
             skip_tokenizer_init=True,
-            max_model_len=40_000,
             disable_log_stats=False,
             enable_prefix_caching=True,
             **connector,

@@ -150,8 +150,8 @@ class CopyEngine:
     `device` < 0: KV memory is ordinary memory, copied by `threads` threads. Otherwise it is memory of that CUDA device
     (an ordinal, as torch counts), which copies by DMA on streams of its own; nothing ever waits on the calling thread.
     The pool is registered with CUDA in the background, slabs as the daemon makes them; until then copies are slower.
-    `way` is for benchmarks and tests: "driver" (batches of copies) or "kernel" (gather and scatter); "" tries both at
-    the start and keeps the better one for each direction.
+    `way` is for benchmarks and tests: "driver" (a copy for each fragment, in batches) or "staged" (a copy for each
+    block, through 4 x 32 MiB of device memory); "" tries both at the start and keeps the better one for each direction.
 
     `regions` is n x (base address, block stride in bytes, bytes per block), as tuples; block b of region r lies at
     `base + b * stride`. A slot holds the shards of all ranks; this worker's shard begins at `shard_offset` in the
@@ -173,7 +173,7 @@ class CopyEngine:
     shard_bytes: int
     """Bytes of one shard with its trailer, rounded up to 256."""
     backend: str
-    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads by kernel, stores by driver"."""
+    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores by the driver"."""
     error: str
     """The last error of the device, "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After
     three failed copies in a row, or one error that ends the CUDA context, the device is not asked again."""

@@ -153,7 +153,7 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     load_deadline_ms: int = 2_000
     """When no copy ends for so long, loads are stopped and their blocks are computed again."""
     checksum: Literal["off", "sampled", "all"] = "sampled"
-    """Which blocks carry a payload checksum: none, one in 16 (chosen by key), or all."""
+    """Which blocks carry a payload checksum: none, one in 64 (chosen by key), or all."""
     epoch: str = ""
     """A word in the namespace (not the pool's epoch): change it to stop sharing with blocks stored
     before (new weights, same path)."""

@@ -175,8 +175,8 @@ std::vector<Region> make_regions(const std::vector<std::tuple<uint64_t, uint64_t
 CudaWay parse_way(const std::string& way) {
     if (way.empty()) return CudaWay::kCalibrated;
     if (way == "driver") return CudaWay::kDriver;
-    if (way == "kernel") return CudaWay::kKernel;
-    throw std::invalid_argument("way: \"driver\", \"kernel\" or nothing");
+    if (way == "staged") return CudaWay::kStaged;
+    throw std::invalid_argument("way: \"driver\", \"staged\" or nothing");
 }
 
 std::unique_ptr<CopyBackend> make_backend(const PoolView& view, std::vector<Region> regions, unsigned threads,

@@ -12,18 +12,16 @@
 
 #include "cuda_calibration.h"
 #include "cuda_fences.h"
-#include "cuda_gather.h"
-#include "cuda_handles.h"
 #include "cuda_pinning.h"
-#include "cuda_runs.h"
+#include "cuda_staging.h"
 
 namespace kvpool {
 namespace cuda {
 namespace {
 
-constexpr unsigned kThreads = 4;            // even ones load, odd ones store
-constexpr uint64_t kBatchBytes = 64 << 20;  // 1.2 ms at the link's speed, against some 30 us of our own
-constexpr int kFailuresInARow = 3;          // then the device is left alone
+constexpr unsigned kThreads = 4;             // even ones load, odd ones store
+constexpr uint64_t kBatchBytes = 128 << 20;  // 2.4 ms at the link's speed, against some 50 us of our own
+constexpr int kFailuresInARow = 3;           // then the device is left alone
 constexpr auto kPopulatePoll = std::chrono::milliseconds(100);
 
 class CudaBackend final : public CopyBackend {
@@ -47,17 +45,20 @@ class CudaBackend final : public CopyBackend {
         Lane(const Driver& driver, int priority) : stream(driver, priority), done(driver) {}
         Stream stream;
         Event done;
+        std::unique_ptr<Staging> staging;  // null: the driver's way
         bool entered = false;
     };
     static Direction direction_of(unsigned thread) { return thread % 2 == 0 ? Direction::kLoad : Direction::kStore; }
 
     void open_lanes();
     void move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence);
-    bool find_all(const std::vector<BlockShard>& shards, std::vector<CUdeviceptr>& addresses) const;
+    bool is_registered(const std::vector<BlockShard>& shards) const;
 
     // On a thread of its own: the engine need not wait for any of it.
     void prepare();
     void choose_ways();
+    Ways best_ways() const;
+    void open_staging();
     void register_pool();
 
     void note(const CudaError& error);     // for the log
@@ -72,7 +73,7 @@ class CudaBackend final : public CopyBackend {
     std::array<std::unique_ptr<Lane>, kThreads> lanes_;
     PoolPinning pinning_;
 
-    // Written before the first chunk is registered, read for registered ones only.
+    // Written, like each lane's staging, before the first chunk is registered; read for registered ones only.
     std::unique_ptr<Gather> gather_;
     Ways ways_;
     std::atomic<bool> chosen_{false};
@@ -163,14 +164,13 @@ bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<B
 void CudaBackend::move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) {
     CUstream stream = lane.stream.get();
     CUevent fenced = FencePool::event(fence);
-    std::vector<CUdeviceptr> addresses;
-    if (!find_all(shards, addresses)) {
+    if (!is_registered(shards)) {
         driver_.event_synchronize(fenced);  // not in the driver, which might hold up other threads meanwhile
         runs_.enqueue_each(direction, shards, stream);
     } else {
         driver_.stream_wait_event(stream, fenced, 0);
-        if (ways_.of(direction) == CudaWay::kKernel && Gather::fits(addresses)) {
-            gather_->enqueue(direction, shards, addresses, stream);
+        if (lane.staging != nullptr) {
+            lane.staging->enqueue(direction, shards, stream);
         } else {
             runs_.enqueue(direction, shards, stream);
         }
@@ -179,13 +179,9 @@ void CudaBackend::move(Lane& lane, Direction direction, const std::vector<BlockS
     driver_.event_synchronize(lane.done.get());
 }
 
-bool CudaBackend::find_all(const std::vector<BlockShard>& shards, std::vector<CUdeviceptr>& addresses) const {
-    addresses.reserve(shards.size());
-    for (const BlockShard& shard : shards) {
-        addresses.push_back(pinning_.find(shard.bytes, payload_bytes()));
-        if (addresses.back() == 0) return false;
-    }
-    return true;
+bool CudaBackend::is_registered(const std::vector<BlockShard>& shards) const {
+    return std::all_of(shards.begin(), shards.end(),
+                       [this](const BlockShard& shard) { return pinning_.covers(shard.bytes, payload_bytes()); });
 }
 
 void CudaBackend::prepare() {
@@ -200,16 +196,29 @@ void CudaBackend::prepare() {
 
 void CudaBackend::choose_ways() {
     try {
-        if (wanted_ != CudaWay::kDriver && Gather::fits(merged_)) {
-            Ways ways{wanted_, wanted_};
-            if (wanted_ == CudaWay::kCalibrated) ways = calibrate(driver_, context_.device_name(), merged_);
-            gather_ = std::make_unique<Gather>(driver_, merged_);
-            ways_ = ways;
-        }
+        ways_ = best_ways();
+        open_staging();
     } catch (const CudaError& error) {
         note(error);  // the driver's way is left
+        ways_ = {};
+        for (auto& lane : lanes_) lane->staging.reset();
     }
     chosen_ = true;
+}
+
+Ways CudaBackend::best_ways() const {
+    if (wanted_ == CudaWay::kDriver || !Gather::fits(merged_)) return {};
+    if (wanted_ == CudaWay::kStaged) return {wanted_, wanted_};
+    if (merged_.size() == 1) return {};  // one run a block already
+    return calibrate(driver_, context_.device_name(), merged_);
+}
+
+void CudaBackend::open_staging() {
+    for (unsigned thread = 0; thread < kThreads; ++thread) {
+        if (ways_.of(direction_of(thread)) != CudaWay::kStaged) continue;
+        if (gather_ == nullptr) gather_ = std::make_unique<Gather>(driver_, merged_);
+        lanes_[thread]->staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes());
+    }
 }
 
 void CudaBackend::register_pool() {
@@ -244,11 +253,11 @@ std::string CudaBackend::error() const {
 }
 
 std::string CudaBackend::describe() const {
-    auto name = [](CudaWay way) { return way == CudaWay::kKernel ? "kernel" : "driver"; };
+    auto name = [](CudaWay way) { return way == CudaWay::kStaged ? "staged" : "by the driver"; };
     std::string text = "cuda " + context_.device_name();
     if (off_) return text + ", switched off";
     if (!chosen_) return text + ", not calibrated yet";
-    return text + ", loads by " + name(ways_.load) + ", stores by " + name(ways_.store);
+    return text + ", loads " + name(ways_.load) + ", stores " + name(ways_.store);
 }
 
 }  // namespace

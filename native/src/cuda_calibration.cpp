@@ -7,9 +7,7 @@
 #include <mutex>
 #include <utility>
 
-#include "cuda_gather.h"
-#include "cuda_handles.h"
-#include "cuda_runs.h"
+#include "cuda_staging.h"
 
 namespace kvpool::cuda {
 namespace {
@@ -17,8 +15,8 @@ namespace {
 constexpr uint64_t kScratchBytes = 32 << 20;  // 0.6 ms at the link's speed
 constexpr uint64_t kGap = 256;                // between regions, so that they stay apart
 constexpr int kRounds = 3;
-// The driver's copies leave the device's processors to the model, so they win while they are nearly as fast and cost
-// this process little: 1 ms of processor time a GiB.
+// The driver's way needs no memory and nothing of the device's processors, so it wins while it is nearly as fast and
+// costs this process little: 1 ms of processor time a GiB.
 constexpr double kNearlyAsFast = 1.05;
 constexpr double kCpuSecondsPerByte = 1e-3 / (1 << 30);
 
@@ -36,53 +34,39 @@ double read_clock(clockid_t clock) {
 // Blocks with the fragments of a layout, in memory of our own.
 class Scratch {
   public:
-    Scratch(const Driver& driver, const std::vector<Region>& like) : driver_(driver) {
+    Scratch(const Driver& driver, const std::vector<Region>& like)
+        : driver_(driver), device_(driver, kScratchBytes + like.size() * kGap) {
         uint64_t left = kScratchBytes;
         for (const Region& region : like) {
-            uint64_t bytes = std::min(region.bytes, left);
+            uint64_t bytes = std::min(region.bytes, left) / 16 * 16;
             if (bytes > 0) regions.push_back({nullptr, bytes, bytes});
             left -= bytes;
         }
-        block_bytes_ = kScratchBytes - left;
-        num_blocks_ = kScratchBytes / block_bytes_;
-        driver_.mem_alloc(&device_, kScratchBytes + regions.size() * kGap);
-        try {
-            driver_.mem_host_alloc(&host_, kScratchBytes, kHostPortable | kHostDeviceMap);
-            driver_.mem_host_get_device_pointer(&mapped_, host_, 0);
-        } catch (...) {
-            free();
-            throw;
-        }
-        lay_out();
+        block_bytes = kScratchBytes - left;
+        driver_.mem_host_alloc(&host_, kScratchBytes, kHostPortable);
+        lay_out(kScratchBytes / block_bytes);
     }
-    ~Scratch() { free(); }
+    ~Scratch() { driver_.mem_free_host.quietly(host_); }
     Scratch(const Scratch&) = delete;
 
     std::vector<Region> regions;
     std::vector<BlockShard> blocks;
-    std::vector<CUdeviceptr> shards;
-    uint64_t bytes() const { return num_blocks_ * block_bytes_; }
+    uint64_t block_bytes = 0;
 
   private:
-    void lay_out() {
-        auto* at = reinterpret_cast<uint8_t*>(device_);
+    void lay_out(uint64_t num_blocks) {
+        auto* at = reinterpret_cast<uint8_t*>(device_.get());
         for (Region& region : regions) {
             region.base = at;
-            at += num_blocks_ * region.bytes + kGap;
+            at += num_blocks * region.bytes + kGap;
         }
-        for (uint64_t block = 0; block < num_blocks_; ++block) {
-            blocks.push_back({static_cast<uint8_t*>(host_) + block * block_bytes_, static_cast<uint32_t>(block)});
-            shards.push_back(mapped_ + block * block_bytes_);
+        for (uint64_t block = 0; block < num_blocks; ++block) {
+            blocks.push_back({static_cast<uint8_t*>(host_) + block * block_bytes, static_cast<uint32_t>(block)});
         }
-    }
-    void free() {
-        driver_.mem_free.quietly(device_);
-        if (host_ != nullptr) driver_.mem_free_host.quietly(host_);
     }
 
     const Driver& driver_;
-    uint64_t block_bytes_ = 0, num_blocks_ = 0;
-    CUdeviceptr device_ = 0, mapped_ = 0;
+    DeviceMemory device_;
     void* host_ = nullptr;
 };
 
@@ -103,15 +87,16 @@ Cost measure(const Driver& driver, const Stream& stream, Enqueue enqueue) {
 Ways try_out(const Driver& driver, const std::vector<Region>& merged) {
     Scratch scratch(driver, merged);
     Stream stream(driver, 0);
-    Gather gather(driver, scratch.regions);
     Runs runs(driver, scratch.regions);
+    Gather gather(driver, scratch.regions);
+    Staging staging(driver, gather, scratch.block_bytes);
+    auto bytes = static_cast<double>(scratch.blocks.size() * scratch.block_bytes);
     auto better = [&](Direction direction) {
-        Cost by_driver = measure(driver, stream, [&](CUstream s) { runs.enqueue(direction, scratch.blocks, s); });
-        Cost by_kernel =
-            measure(driver, stream, [&](CUstream s) { gather.enqueue(direction, scratch.blocks, scratch.shards, s); });
-        bool fast = by_driver.seconds <= by_kernel.seconds * kNearlyAsFast;
-        bool cheap = by_driver.cpu_seconds <= kCpuSecondsPerByte * static_cast<double>(scratch.bytes());
-        return fast && cheap ? CudaWay::kDriver : CudaWay::kKernel;
+        Cost direct = measure(driver, stream, [&](CUstream s) { runs.enqueue(direction, scratch.blocks, s); });
+        Cost staged = measure(driver, stream, [&](CUstream s) { staging.enqueue(direction, scratch.blocks, s); });
+        bool fast = direct.seconds <= staged.seconds * kNearlyAsFast;
+        bool cheap = direct.cpu_seconds <= kCpuSecondsPerByte * bytes;
+        return fast && cheap ? CudaWay::kDriver : CudaWay::kStaged;
     };
     return {better(Direction::kLoad), better(Direction::kStore)};
 }

@@ -32,44 +32,43 @@ struct CUmemcpyAttributes {
 inline constexpr CUresult kSuccess = 0;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventBlockingSync = 1, kEventDisableTiming = 2;
-inline constexpr unsigned kHostPortable = 1, kHostDeviceMap = 2;
+inline constexpr unsigned kHostPortable = 1;
 inline constexpr int kCaptureModeRelaxed = 2;
 inline constexpr int kSrcAccessOrderStream = 1;
 
 // X(member, symbol, parameters), all of them returning CUresult and present since CUDA 12.0.
-#define KVPOOL_CUDA_FUNCTIONS(X)                                                                  \
-    X(init, cuInit, (unsigned))                                                                   \
-    X(get_error_name, cuGetErrorName, (CUresult, const char**))                                   \
-    X(device_get, cuDeviceGet, (CUdevice*, int))                                                  \
-    X(device_get_name, cuDeviceGetName, (char*, int, CUdevice))                                   \
-    X(primary_ctx_retain, cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice))                       \
-    X(primary_ctx_release, cuDevicePrimaryCtxRelease_v2, (CUdevice))                              \
-    X(ctx_set_current, cuCtxSetCurrent, (CUcontext))                                              \
-    X(ctx_push_current, cuCtxPushCurrent_v2, (CUcontext))                                         \
-    X(ctx_pop_current, cuCtxPopCurrent_v2, (CUcontext*))                                          \
-    X(ctx_get_stream_priority_range, cuCtxGetStreamPriorityRange, (int*, int*))                   \
-    X(thread_exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int*))                    \
-    X(stream_create, cuStreamCreateWithPriority, (CUstream*, unsigned, int))                      \
-    X(stream_destroy, cuStreamDestroy_v2, (CUstream))                                             \
-    X(stream_synchronize, cuStreamSynchronize, (CUstream))                                        \
-    X(stream_wait_event, cuStreamWaitEvent, (CUstream, CUevent, unsigned))                        \
-    X(event_create, cuEventCreate, (CUevent*, unsigned))                                          \
-    X(event_destroy, cuEventDestroy_v2, (CUevent))                                                \
-    X(event_record, cuEventRecord, (CUevent, CUstream))                                           \
-    X(event_synchronize, cuEventSynchronize, (CUevent))                                           \
-    X(mem_alloc, cuMemAlloc_v2, (CUdeviceptr*, size_t))                                           \
-    X(mem_free, cuMemFree_v2, (CUdeviceptr))                                                      \
-    X(mem_host_alloc, cuMemHostAlloc, (void**, size_t, unsigned))                                 \
-    X(mem_free_host, cuMemFreeHost, (void*))                                                      \
-    X(mem_host_register, cuMemHostRegister_v2, (void*, size_t, unsigned))                         \
-    X(mem_host_unregister, cuMemHostUnregister, (void*))                                          \
-    X(mem_host_get_device_pointer, cuMemHostGetDevicePointer_v2, (CUdeviceptr*, void*, unsigned)) \
-    X(memcpy_htod_async, cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, size_t, CUstream))      \
-    X(memcpy_dtoh_async, cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, size_t, CUstream))            \
-    X(module_load_data, cuModuleLoadData, (CUmodule*, const void*))                               \
-    X(module_unload, cuModuleUnload, (CUmodule))                                                  \
-    X(module_get_function, cuModuleGetFunction, (CUfunction*, CUmodule, const char*))             \
-    X(launch_kernel, cuLaunchKernel,                                                              \
+#define KVPOOL_CUDA_FUNCTIONS(X)                                                             \
+    X(init, cuInit, (unsigned))                                                              \
+    X(get_error_name, cuGetErrorName, (CUresult, const char**))                              \
+    X(device_get, cuDeviceGet, (CUdevice*, int))                                             \
+    X(device_get_name, cuDeviceGetName, (char*, int, CUdevice))                              \
+    X(primary_ctx_retain, cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice))                  \
+    X(primary_ctx_release, cuDevicePrimaryCtxRelease_v2, (CUdevice))                         \
+    X(ctx_set_current, cuCtxSetCurrent, (CUcontext))                                         \
+    X(ctx_push_current, cuCtxPushCurrent_v2, (CUcontext))                                    \
+    X(ctx_pop_current, cuCtxPopCurrent_v2, (CUcontext*))                                     \
+    X(ctx_get_stream_priority_range, cuCtxGetStreamPriorityRange, (int*, int*))              \
+    X(thread_exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int*))               \
+    X(stream_create, cuStreamCreateWithPriority, (CUstream*, unsigned, int))                 \
+    X(stream_destroy, cuStreamDestroy_v2, (CUstream))                                        \
+    X(stream_synchronize, cuStreamSynchronize, (CUstream))                                   \
+    X(stream_wait_event, cuStreamWaitEvent, (CUstream, CUevent, unsigned))                   \
+    X(event_create, cuEventCreate, (CUevent*, unsigned))                                     \
+    X(event_destroy, cuEventDestroy_v2, (CUevent))                                           \
+    X(event_record, cuEventRecord, (CUevent, CUstream))                                      \
+    X(event_synchronize, cuEventSynchronize, (CUevent))                                      \
+    X(mem_alloc, cuMemAlloc_v2, (CUdeviceptr*, size_t))                                      \
+    X(mem_free, cuMemFree_v2, (CUdeviceptr))                                                 \
+    X(mem_host_alloc, cuMemHostAlloc, (void**, size_t, unsigned))                            \
+    X(mem_free_host, cuMemFreeHost, (void*))                                                 \
+    X(mem_host_register, cuMemHostRegister_v2, (void*, size_t, unsigned))                    \
+    X(mem_host_unregister, cuMemHostUnregister, (void*))                                     \
+    X(memcpy_htod_async, cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, size_t, CUstream)) \
+    X(memcpy_dtoh_async, cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, size_t, CUstream))       \
+    X(module_load_data, cuModuleLoadData, (CUmodule*, const void*))                          \
+    X(module_unload, cuModuleUnload, (CUmodule))                                             \
+    X(module_get_function, cuModuleGetFunction, (CUfunction*, CUmodule, const char*))        \
+    X(launch_kernel, cuLaunchKernel,                                                         \
       (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**, void**))
 
 // An error of the driver. The text is "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS".

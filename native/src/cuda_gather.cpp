@@ -2,15 +2,10 @@
 
 #include <algorithm>
 
-#include "cuda_handles.h"
 #include "gather_ptx.h"
 
 namespace kvpool::cuda {
 namespace {
-
-// Reading over PCIe needs many requests in flight, writing does not: with 8 programs a Triton kernel stored at the
-// link's speed (51-52 GB/s on an H200) and loaded at 28-39. Fewer leave more of the device to the model.
-constexpr unsigned kLoadGrid = 48, kStoreGrid = 16;
 
 std::vector<GatherPiece> cut(const std::vector<Region>& regions) {
     std::vector<GatherPiece> pieces;
@@ -33,60 +28,45 @@ bool Gather::fits(const std::vector<Region>& regions) {
     });
 }
 
-bool Gather::fits(const std::vector<CUdeviceptr>& shards) {
-    return std::all_of(shards.begin(), shards.end(), [](CUdeviceptr shard) { return shard % 16 == 0; });
-}
-
-Gather::Gather(const Driver& driver, const std::vector<Region>& regions) : driver_(driver) {
+Gather::Gather(const Driver& driver, const std::vector<Region>& regions)
+    : driver_(driver),
+      num_pieces_(static_cast<unsigned>(cut(regions).size())),
+      pieces_(driver, num_pieces_ * sizeof(GatherPiece)) {
     driver_.module_load_data(&module_, kGatherPtx);
     try {
         driver_.module_get_function(&load_, module_, "kvpool_load");
         driver_.module_get_function(&store_, module_, "kvpool_store");
-        set_up(regions);
+        upload(cut(regions));
     } catch (...) {
-        end();
+        driver_.module_unload.quietly(module_);
         throw;
     }
 }
 
-void Gather::end() {
-    driver_.mem_free.quietly(pieces_);
-    driver_.module_unload.quietly(module_);
-}
-
-void Gather::set_up(const std::vector<Region>& regions) {
-    std::vector<GatherPiece> pieces = cut(regions);
-    num_pieces_ = static_cast<unsigned>(pieces.size());
-    size_t bytes = pieces.size() * sizeof(GatherPiece);
-    driver_.mem_alloc(&pieces_, bytes);
+void Gather::upload(const std::vector<GatherPiece>& pieces) {
     Stream stream(driver_, 0);
-    driver_.memcpy_htod_async(pieces_, pieces.data(), bytes, stream.get());
+    driver_.memcpy_htod_async(pieces_.get(), pieces.data(), pieces.size() * sizeof(GatherPiece), stream.get());
     // A kernel is loaded when it is launched first, which can wait for the whole device: now, not with the first copy.
     GatherBlocks none{};
-    for (CUfunction kernel : {load_, store_}) launch(kernel, 1, 0, none, stream.get());
+    for (CUfunction kernel : {load_, store_}) launch(kernel, none, stream.get());
     driver_.stream_synchronize(stream.get());
 }
 
-void Gather::launch(CUfunction kernel, unsigned grid, unsigned num_blocks, GatherBlocks& blocks,
-                    CUstream stream) const {
-    CUdeviceptr pieces = pieces_;
+void Gather::launch(CUfunction kernel, GatherBlocks& blocks, CUstream stream) const {
+    CUdeviceptr pieces = pieces_.get();
     unsigned num_pieces = num_pieces_;
-    void* arguments[] = {&pieces, &num_pieces, &num_blocks, &blocks};  // copied before the call returns
+    void* arguments[] = {&pieces, &num_pieces, &blocks};  // copied before the call returns
+    unsigned grid = num_pieces_ * std::max(blocks.count, 1u);
     driver_.launch_kernel(kernel, grid, 1, 1, kGatherThreads, 1, 1, 0, stream, arguments, nullptr);
 }
 
-void Gather::enqueue(Direction direction, const std::vector<BlockShard>& blocks, const std::vector<CUdeviceptr>& shards,
+void Gather::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUdeviceptr staged, uint64_t stride,
                      CUstream stream) const {
-    bool load = direction == Direction::kLoad;
     for (size_t first = 0; first < blocks.size(); first += kGatherBlocks) {
-        auto count = static_cast<unsigned>(std::min<size_t>(blocks.size() - first, kGatherBlocks));
-        GatherBlocks parameters;
-        for (unsigned i = 0; i < count; ++i) {
-            parameters.shard[i] = shards[first + i];
-            parameters.block[i] = blocks[first + i].block;
-        }
-        unsigned grid = std::min(load ? kLoadGrid : kStoreGrid, num_pieces_ * count);
-        launch(load ? load_ : store_, grid, count, parameters, stream);
+        GatherBlocks parameters{staged + first * stride, stride, 0, {}};
+        parameters.count = static_cast<unsigned>(std::min<size_t>(blocks.size() - first, kGatherBlocks));
+        for (unsigned i = 0; i < parameters.count; ++i) parameters.block[i] = blocks[first + i].block;
+        launch(direction == Direction::kLoad ? load_ : store_, parameters, stream);
     }
 }
 

@@ -1,10 +1,10 @@
-// The kernel way: one launch moves many blocks, whatever their fragments, reading and writing registered host memory.
-// The processor's part is 12 bytes a block.
+// The kernels of gather.cu: one launch moves many blocks between KV memory and a buffer of the same device, whatever
+// their fragments. The processor's part is 4 bytes a block.
 #pragma once
 
 #include <vector>
 
-#include "cuda_driver.h"
+#include "cuda_handles.h"
 #include "gather_abi.h"
 #include "kvpool/copy_backend.h"
 
@@ -12,29 +12,27 @@ namespace kvpool::cuda {
 
 class Gather {
   public:
-    // Loads the module and uploads the regions; the device's context is current. CudaError: there is no kernel way.
+    // Loads the module and uploads the regions; the device's context is current. CudaError: there are no kernels.
     Gather(const Driver& driver, const std::vector<Region>& regions);
-    ~Gather() { end(); }
+    ~Gather() { driver_.module_unload.quietly(module_); }
     Gather(const Gather&) = delete;
 
     // 16-byte accesses are all the kernels have.
     static bool fits(const std::vector<Region>& regions);
-    static bool fits(const std::vector<CUdeviceptr>& shards);
 
-    // `shards` are device addresses, one a block.
-    void enqueue(Direction direction, const std::vector<BlockShard>& blocks, const std::vector<CUdeviceptr>& shards,
+    // Block i of `blocks` lies at `staged` + i * `stride`, in one run; the buffer is the source of a load.
+    void enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUdeviceptr staged, uint64_t stride,
                  CUstream stream) const;
 
   private:
-    void set_up(const std::vector<Region>& regions);
-    void launch(CUfunction kernel, unsigned grid, unsigned num_blocks, GatherBlocks& blocks, CUstream stream) const;
-    void end();
+    void upload(const std::vector<GatherPiece>& pieces);
+    void launch(CUfunction kernel, GatherBlocks& blocks, CUstream stream) const;
 
     const Driver& driver_;
     CUmodule module_ = nullptr;
     CUfunction load_ = nullptr, store_ = nullptr;
-    CUdeviceptr pieces_ = 0;
-    unsigned num_pieces_ = 0;
+    unsigned num_pieces_;
+    DeviceMemory pieces_;
 };
 
 }  // namespace kvpool::cuda

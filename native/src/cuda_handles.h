@@ -58,6 +58,18 @@ class Stream {
     CUstream stream_ = nullptr;
 };
 
+class DeviceMemory {
+  public:
+    DeviceMemory(const Driver& driver, size_t bytes) : driver_(driver) { driver_.mem_alloc(&memory_, bytes); }
+    ~DeviceMemory() { driver_.mem_free.quietly(memory_); }
+    DeviceMemory(const DeviceMemory&) = delete;
+    CUdeviceptr get() const { return memory_; }
+
+  private:
+    const Driver& driver_;
+    CUdeviceptr memory_ = 0;
+};
+
 // A thread that waits for it sleeps.
 class Event {
   public:

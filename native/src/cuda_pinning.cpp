@@ -19,7 +19,7 @@ class Registrations {
     }
     void acquire(const Driver& driver, uint8_t* begin, uint64_t bytes) {
         std::lock_guard lock(mutex_);
-        if (users_.count(begin) == 0) driver.mem_host_register(begin, bytes, kHostPortable | kHostDeviceMap);
+        if (users_.count(begin) == 0) driver.mem_host_register(begin, bytes, kHostPortable);
         ++users_[begin];
     }
     void release(const Driver& driver, uint8_t* begin) {
@@ -44,7 +44,7 @@ PoolPinning::PoolPinning(const Driver& driver, std::shared_ptr<PoolFile> file)
 
 void PoolPinning::close() {
     for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
-        if (chunks_[chunk].device.exchange(0) != 0) Registrations::of_process().release(driver_, begin(chunk));
+        if (chunks_[chunk].registered.exchange(false)) Registrations::of_process().release(driver_, begin(chunk));
     }
     registered_bytes_ = 0;
 }
@@ -72,37 +72,24 @@ bool PoolPinning::register_next() {
     for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
         if (chunks_[chunk].tried || !exists(chunk)) continue;
         chunks_[chunk].tried = true;
-        do_register(chunk);
+        Registrations::of_process().acquire(driver_, begin(chunk), bytes_of(chunk));
+        chunks_[chunk].registered.store(true, std::memory_order_release);
+        registered_bytes_.fetch_add(bytes_of(chunk), std::memory_order_release);
         return true;
     }
     return false;
-}
-
-void PoolPinning::do_register(size_t chunk) {
-    Registrations& registrations = Registrations::of_process();
-    registrations.acquire(driver_, begin(chunk), bytes_of(chunk));
-    CUdeviceptr device = 0;
-    try {
-        driver_.mem_host_get_device_pointer(&device, begin(chunk), 0);
-    } catch (...) {
-        registrations.release(driver_, begin(chunk));
-        throw;
-    }
-    chunks_[chunk].device.store(device, std::memory_order_release);
-    registered_bytes_.fetch_add(bytes_of(chunk), std::memory_order_release);
 }
 
 bool PoolPinning::is_complete() const {
     return std::all_of(chunks_.begin(), chunks_.end(), [](const Chunk& chunk) { return chunk.tried; });
 }
 
-CUdeviceptr PoolPinning::find(const uint8_t* bytes, uint64_t count) const {
+bool PoolPinning::covers(const uint8_t* bytes, uint64_t count) const {
     auto offset = static_cast<uint64_t>(bytes - begin(0));
     uint64_t chunk = offset / (slabs_per_chunk_ * file_->geometry().slab_bytes);
-    if (bytes < begin(0) || chunk >= chunks_.size()) return 0;
+    if (bytes < begin(0) || chunk >= chunks_.size()) return false;
     auto in_chunk = static_cast<uint64_t>(bytes - begin(chunk));
-    CUdeviceptr device = chunks_[chunk].device.load(std::memory_order_acquire);
-    return device == 0 || in_chunk + count > bytes_of(chunk) ? 0 : device + in_chunk;
+    return chunks_[chunk].registered.load(std::memory_order_acquire) && in_chunk + count <= bytes_of(chunk);
 }
 
 }  // namespace kvpool::cuda

@@ -25,13 +25,12 @@ class PoolPinning {
     bool is_complete() const;
     void close();  // all is unregistered
 
-    // The device's address of a range; 0 unless all of it is registered.
-    CUdeviceptr find(const uint8_t* bytes, uint64_t count) const;
+    bool covers(const uint8_t* bytes, uint64_t count) const;  // all of it is registered
     uint64_t registered_bytes() const { return registered_bytes_.load(std::memory_order_acquire); }
 
   private:
     struct Chunk {
-        std::atomic<CUdeviceptr> device{0};
+        std::atomic<bool> registered{false};
         bool tried = false;
     };
     uint64_t first_slab(size_t chunk) const { return chunk * slabs_per_chunk_; }
@@ -39,7 +38,6 @@ class PoolPinning {
     uint8_t* begin(size_t chunk) const;
     uint64_t bytes_of(size_t chunk) const;
     bool exists(size_t chunk) const;
-    void do_register(size_t chunk);
 
     const Driver& driver_;
     std::shared_ptr<PoolFile> file_;

@@ -1,8 +1,8 @@
-// Copies blocks between KV memory and registered host memory. scripts/ptx makes gather_ptx.h of this.
+// Copies blocks between KV memory and a buffer beside it, where each is one run. scripts/ptx makes gather_ptx.h of this.
 //
-// One thread block copies one piece at a time (16 KiB, or a fragment where that is shorter), in steps of four
-// independent 16-byte accesses a thread. PCIe hides a latency of about 1.5 us at 55 GB/s with 80 KB in flight; 48
-// thread blocks keep up to 768 KiB there.
+// One thread block copies one piece (16 KiB, or a fragment where that is shorter) and ends, after a few microseconds: so
+// many short ones leave the device to a kernel of higher priority at once. Each thread has four independent 16-byte
+// accesses under way.
 #include "gather_abi.h"
 
 enum { kUnroll = 4 };
@@ -24,26 +24,21 @@ static __device__ void copy_piece(uint4* __restrict__ to, const uint4* __restric
 }
 
 template <bool kLoad>
-static __device__ void copy_blocks(const GatherPiece* pieces, unsigned num_pieces, unsigned num_blocks,
-                                   const GatherBlocks& blocks) {
-    unsigned total = num_pieces * num_blocks;
-    for (unsigned work = blockIdx.x; work < total; work += gridDim.x) {
-        unsigned number = work / num_pieces;
-        GatherPiece piece = pieces[work - number * num_pieces];
-        uint4* kv = reinterpret_cast<uint4*>(piece.kv + blocks.block[number] * piece.stride);
-        uint4* shard = reinterpret_cast<uint4*>(blocks.shard[number] + piece.offset);
-        copy_piece(kLoad ? kv : shard, kLoad ? shard : kv, static_cast<unsigned>(piece.bytes / sizeof(uint4)));
-    }
+static __device__ void copy_one(const GatherPiece* pieces, unsigned num_pieces, const GatherBlocks& blocks) {
+    unsigned number = blockIdx.x / num_pieces;
+    if (number >= blocks.count) return;
+    GatherPiece piece = pieces[blockIdx.x - number * num_pieces];
+    uint4* kv = reinterpret_cast<uint4*>(piece.kv + blocks.block[number] * piece.stride);
+    uint4* staged = reinterpret_cast<uint4*>(blocks.staged + number * blocks.staged_stride + piece.offset);
+    copy_piece(kLoad ? kv : staged, kLoad ? staged : kv, static_cast<unsigned>(piece.bytes / sizeof(uint4)));
 }
 
 extern "C" __global__ void __launch_bounds__(kGatherThreads)
-    kvpool_load(const GatherPiece* pieces, unsigned num_pieces, unsigned num_blocks,
-                const __grid_constant__ GatherBlocks blocks) {
-    copy_blocks<true>(pieces, num_pieces, num_blocks, blocks);
+    kvpool_load(const GatherPiece* pieces, unsigned num_pieces, const __grid_constant__ GatherBlocks blocks) {
+    copy_one<true>(pieces, num_pieces, blocks);
 }
 
 extern "C" __global__ void __launch_bounds__(kGatherThreads)
-    kvpool_store(const GatherPiece* pieces, unsigned num_pieces, unsigned num_blocks,
-                 const __grid_constant__ GatherBlocks blocks) {
-    copy_blocks<false>(pieces, num_pieces, num_blocks, blocks);
+    kvpool_store(const GatherPiece* pieces, unsigned num_pieces, const __grid_constant__ GatherBlocks blocks) {
+    copy_one<false>(pieces, num_pieces, blocks);
 }

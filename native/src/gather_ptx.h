@@ -1,5 +1,5 @@
 // clang-format off
-// Made by scripts/ptx of gather.cu and gather_abi.h, sha256:73d63e46daefe8bb207fe0aa13621f9c1fab14943256d47a3f9301a91e568ca4
+// Made by scripts/ptx of gather.cu and gather_abi.h, sha256:17a700ddf6ad76265a9450e1accb9514200fef2b3e698e6a82ab65a6bd06461f
 #pragma once
 
 namespace kvpool::cuda {
@@ -21,146 +21,138 @@ inline constexpr char kGatherPtx[] = R"ptx(//
 .visible .entry kvpool_load(
 	.param .u64 kvpool_load_param_0,
 	.param .u32 kvpool_load_param_1,
-	.param .u32 kvpool_load_param_2,
-	.param .align 8 .b8 kvpool_load_param_3[3072]
+	.param .align 8 .b8 kvpool_load_param_2[2072]
 )
 .maxntid 256, 1, 1
 {
-	.reg .pred 	%p<13>;
+	.reg .pred 	%p<12>;
 	.reg .b32 	%r<134>;
-	.reg .b64 	%rd<37>;
+	.reg .b64 	%rd<40>;
 
 
-	ld.param.u64 	%rd3, [kvpool_load_param_0];
-	ld.param.u32 	%r60, [kvpool_load_param_1];
-	ld.param.u32 	%r61, [kvpool_load_param_2];
-	mov.b64 	%rd4, kvpool_load_param_3;
-	mul.lo.s32 	%r1, %r61, %r60;
-	mov.u32 	%r100, %ctaid.x;
-	setp.ge.u32 	%p1, %r100, %r1;
-	@%p1 bra 	$L__BB0_22;
+	ld.param.u64 	%rd5, [kvpool_load_param_0];
+	ld.param.u32 	%r58, [kvpool_load_param_1];
+	mov.b64 	%rd6, kvpool_load_param_2;
+	mov.u64 	%rd1, %rd6;
+	mov.u32 	%r1, %ctaid.x;
+	div.u32 	%r2, %r1, %r58;
+	add.s64 	%rd2, %rd1, 16;
+	ld.param.u32 	%r59, [kvpool_load_param_2+16];
+	setp.ge.u32 	%p1, %r2, %r59;
+	@%p1 bra 	$L__BB0_20;
 
-	cvta.to.global.u64 	%rd5, %rd3;
-	mov.u64 	%rd8, %rd4;
-	mov.u32 	%r65, %tid.x;
+	mul.lo.s32 	%r60, %r2, %r58;
+	sub.s32 	%r61, %r1, %r60;
+	cvta.to.global.u64 	%rd7, %rd5;
+	mul.wide.u32 	%rd8, %r61, 32;
+	add.s64 	%rd9, %rd7, %rd8;
+	cvt.u64.u32 	%rd10, %r2;
+	mul.wide.u32 	%rd11, %r2, 4;
+	add.s64 	%rd12, %rd1, %rd11;
+	ld.param.u32 	%rd13, [%rd12+20];
+	ld.global.u64 	%rd14, [%rd9+8];
+	mul.lo.s64 	%rd15, %rd14, %rd13;
+	ld.global.u64 	%rd16, [%rd9];
+	add.s64 	%rd3, %rd15, %rd16;
+	ld.param.u64 	%rd17, [%rd2+-8];
+	mul.lo.s64 	%rd18, %rd17, %rd10;
+	ld.param.u64 	%rd19, [%rd2+-16];
+	ld.global.u64 	%rd20, [%rd9+16];
+	add.s64 	%rd21, %rd19, %rd20;
+	add.s64 	%rd4, %rd21, %rd18;
+	ld.global.u64 	%rd22, [%rd9+24];
+	shr.u64 	%rd23, %rd22, 4;
+	cvt.u32.u64 	%r3, %rd23;
+	mov.u32 	%r117, %tid.x;
+	setp.ge.u32 	%p2, %r117, %r3;
+	@%p2 bra 	$L__BB0_20;
 
-$L__BB0_2:
-	div.u32 	%r62, %r100, %r60;
-	mul.lo.s32 	%r63, %r62, %r60;
-	sub.s32 	%r64, %r100, %r63;
-	mul.wide.u32 	%rd6, %r64, 32;
-	add.s64 	%rd7, %rd5, %rd6;
-	mul.wide.u32 	%rd9, %r62, 4;
-	add.s64 	%rd10, %rd8, %rd9;
-	ld.param.u32 	%rd11, [%rd10+2048];
-	ld.global.u64 	%rd12, [%rd7+8];
-	mul.lo.s64 	%rd13, %rd12, %rd11;
-	ld.global.u64 	%rd14, [%rd7];
-	add.s64 	%rd1, %rd13, %rd14;
-	mul.wide.u32 	%rd15, %r62, 8;
-	add.s64 	%rd16, %rd8, %rd15;
-	ld.param.u64 	%rd17, [%rd16];
-	ld.global.u64 	%rd18, [%rd7+16];
-	add.s64 	%rd2, %rd17, %rd18;
-	ld.global.u64 	%rd19, [%rd7+24];
-	shr.u64 	%rd20, %rd19, 4;
-	cvt.u32.u64 	%r4, %rd20;
-	setp.ge.u32 	%p2, %r65, %r4;
-	@%p2 bra 	$L__BB0_21;
 
-	mov.u32 	%r117, %r65;
+$L__BB0_3:
+	setp.ge.u32 	%p3, %r117, %r3;
+	@%p3 bra 	$L__BB0_5;
 
-$L__BB0_4:
-	setp.ge.u32 	%p3, %r117, %r4;
-	@%p3 bra 	$L__BB0_6;
-
-	mul.wide.u32 	%rd22, %r117, 16;
-	add.s64 	%rd21, %rd2, %rd22;
+	mul.wide.u32 	%rd25, %r117, 16;
+	add.s64 	%rd24, %rd4, %rd25;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r121,%r120,%r119,%r118}, [%rd21];
+	ld.global.cs.v4.u32 {%r121,%r120,%r119,%r118}, [%rd24];
 	// end inline asm
 
-$L__BB0_6:
-	add.s32 	%r31, %r117, 256;
-	setp.ge.u32 	%p4, %r31, %r4;
-	@%p4 bra 	$L__BB0_8;
+$L__BB0_5:
+	add.s32 	%r30, %r117, 256;
+	setp.ge.u32 	%p4, %r30, %r3;
+	@%p4 bra 	$L__BB0_7;
 
-	mul.wide.u32 	%rd24, %r31, 16;
-	add.s64 	%rd23, %rd2, %rd24;
+	mul.wide.u32 	%rd27, %r30, 16;
+	add.s64 	%rd26, %rd4, %rd27;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r125,%r124,%r123,%r122}, [%rd23];
+	ld.global.cs.v4.u32 {%r125,%r124,%r123,%r122}, [%rd26];
 	// end inline asm
 
-$L__BB0_8:
-	add.s32 	%r40, %r117, 512;
-	setp.ge.u32 	%p5, %r40, %r4;
-	@%p5 bra 	$L__BB0_10;
+$L__BB0_7:
+	add.s32 	%r39, %r117, 512;
+	setp.ge.u32 	%p5, %r39, %r3;
+	@%p5 bra 	$L__BB0_9;
 
-	mul.wide.u32 	%rd26, %r40, 16;
-	add.s64 	%rd25, %rd2, %rd26;
+	mul.wide.u32 	%rd29, %r39, 16;
+	add.s64 	%rd28, %rd4, %rd29;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r129,%r128,%r127,%r126}, [%rd25];
+	ld.global.cs.v4.u32 {%r129,%r128,%r127,%r126}, [%rd28];
 	// end inline asm
 
-$L__BB0_10:
-	add.s32 	%r49, %r117, 768;
-	setp.ge.u32 	%p6, %r49, %r4;
-	@%p6 bra 	$L__BB0_12;
+$L__BB0_9:
+	add.s32 	%r48, %r117, 768;
+	setp.ge.u32 	%p6, %r48, %r3;
+	@%p6 bra 	$L__BB0_11;
 
-	mul.wide.u32 	%rd28, %r49, 16;
-	add.s64 	%rd27, %rd2, %rd28;
+	mul.wide.u32 	%rd31, %r48, 16;
+	add.s64 	%rd30, %rd4, %rd31;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r133,%r132,%r131,%r130}, [%rd27];
+	ld.global.cs.v4.u32 {%r133,%r132,%r131,%r130}, [%rd30];
 	// end inline asm
 
-$L__BB0_12:
-	@%p3 bra 	$L__BB0_14;
+$L__BB0_11:
+	@%p3 bra 	$L__BB0_13;
 
-	mul.wide.u32 	%rd30, %r117, 16;
-	add.s64 	%rd29, %rd1, %rd30;
+	mul.wide.u32 	%rd33, %r117, 16;
+	add.s64 	%rd32, %rd3, %rd33;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd29], {%r121,%r120,%r119,%r118};
+	st.global.cs.v4.u32 [%rd32], {%r121,%r120,%r119,%r118};
 	// end inline asm
 
-$L__BB0_14:
-	@%p4 bra 	$L__BB0_16;
+$L__BB0_13:
+	@%p4 bra 	$L__BB0_15;
 
-	mul.wide.u32 	%rd32, %r31, 16;
-	add.s64 	%rd31, %rd1, %rd32;
+	mul.wide.u32 	%rd35, %r30, 16;
+	add.s64 	%rd34, %rd3, %rd35;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd31], {%r125,%r124,%r123,%r122};
+	st.global.cs.v4.u32 [%rd34], {%r125,%r124,%r123,%r122};
 	// end inline asm
 
-$L__BB0_16:
-	@%p5 bra 	$L__BB0_18;
+$L__BB0_15:
+	@%p5 bra 	$L__BB0_17;
 
-	mul.wide.u32 	%rd34, %r40, 16;
-	add.s64 	%rd33, %rd1, %rd34;
+	mul.wide.u32 	%rd37, %r39, 16;
+	add.s64 	%rd36, %rd3, %rd37;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd33], {%r129,%r128,%r127,%r126};
+	st.global.cs.v4.u32 [%rd36], {%r129,%r128,%r127,%r126};
 	// end inline asm
 
-$L__BB0_18:
-	@%p6 bra 	$L__BB0_20;
+$L__BB0_17:
+	@%p6 bra 	$L__BB0_19;
 
-	mul.wide.u32 	%rd36, %r49, 16;
-	add.s64 	%rd35, %rd1, %rd36;
+	mul.wide.u32 	%rd39, %r48, 16;
+	add.s64 	%rd38, %rd3, %rd39;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd35], {%r133,%r132,%r131,%r130};
+	st.global.cs.v4.u32 [%rd38], {%r133,%r132,%r131,%r130};
 	// end inline asm
+
+$L__BB0_19:
+	add.s32 	%r117, %r117, 1024;
+	setp.lt.u32 	%p11, %r117, %r3;
+	@%p11 bra 	$L__BB0_3;
 
 $L__BB0_20:
-	add.s32 	%r117, %r117, 1024;
-	setp.lt.u32 	%p11, %r117, %r4;
-	@%p11 bra 	$L__BB0_4;
-
-$L__BB0_21:
-	mov.u32 	%r99, %nctaid.x;
-	add.s32 	%r100, %r100, %r99;
-	setp.lt.u32 	%p12, %r100, %r1;
-	@%p12 bra 	$L__BB0_2;
-
-$L__BB0_22:
 	ret;
 
 }
@@ -168,146 +160,138 @@ $L__BB0_22:
 .visible .entry kvpool_store(
 	.param .u64 kvpool_store_param_0,
 	.param .u32 kvpool_store_param_1,
-	.param .u32 kvpool_store_param_2,
-	.param .align 8 .b8 kvpool_store_param_3[3072]
+	.param .align 8 .b8 kvpool_store_param_2[2072]
 )
 .maxntid 256, 1, 1
 {
-	.reg .pred 	%p<13>;
+	.reg .pred 	%p<12>;
 	.reg .b32 	%r<134>;
-	.reg .b64 	%rd<37>;
+	.reg .b64 	%rd<40>;
 
 
-	ld.param.u64 	%rd3, [kvpool_store_param_0];
-	ld.param.u32 	%r60, [kvpool_store_param_1];
-	ld.param.u32 	%r61, [kvpool_store_param_2];
-	mov.b64 	%rd4, kvpool_store_param_3;
-	mul.lo.s32 	%r1, %r61, %r60;
-	mov.u32 	%r100, %ctaid.x;
-	setp.ge.u32 	%p1, %r100, %r1;
-	@%p1 bra 	$L__BB1_22;
+	ld.param.u64 	%rd5, [kvpool_store_param_0];
+	ld.param.u32 	%r58, [kvpool_store_param_1];
+	mov.b64 	%rd6, kvpool_store_param_2;
+	mov.u64 	%rd1, %rd6;
+	mov.u32 	%r1, %ctaid.x;
+	div.u32 	%r2, %r1, %r58;
+	add.s64 	%rd2, %rd1, 16;
+	ld.param.u32 	%r59, [kvpool_store_param_2+16];
+	setp.ge.u32 	%p1, %r2, %r59;
+	@%p1 bra 	$L__BB1_20;
 
-	cvta.to.global.u64 	%rd5, %rd3;
-	mov.u64 	%rd8, %rd4;
-	mov.u32 	%r65, %tid.x;
+	mul.lo.s32 	%r60, %r2, %r58;
+	sub.s32 	%r61, %r1, %r60;
+	cvta.to.global.u64 	%rd7, %rd5;
+	mul.wide.u32 	%rd8, %r61, 32;
+	add.s64 	%rd9, %rd7, %rd8;
+	cvt.u64.u32 	%rd10, %r2;
+	mul.wide.u32 	%rd11, %r2, 4;
+	add.s64 	%rd12, %rd1, %rd11;
+	ld.param.u32 	%rd13, [%rd12+20];
+	ld.global.u64 	%rd14, [%rd9+8];
+	mul.lo.s64 	%rd15, %rd14, %rd13;
+	ld.global.u64 	%rd16, [%rd9];
+	add.s64 	%rd3, %rd15, %rd16;
+	ld.param.u64 	%rd17, [%rd2+-8];
+	mul.lo.s64 	%rd18, %rd17, %rd10;
+	ld.param.u64 	%rd19, [%rd2+-16];
+	ld.global.u64 	%rd20, [%rd9+16];
+	add.s64 	%rd21, %rd19, %rd20;
+	add.s64 	%rd4, %rd21, %rd18;
+	ld.global.u64 	%rd22, [%rd9+24];
+	shr.u64 	%rd23, %rd22, 4;
+	cvt.u32.u64 	%r3, %rd23;
+	mov.u32 	%r117, %tid.x;
+	setp.ge.u32 	%p2, %r117, %r3;
+	@%p2 bra 	$L__BB1_20;
 
-$L__BB1_2:
-	div.u32 	%r62, %r100, %r60;
-	mul.lo.s32 	%r63, %r62, %r60;
-	sub.s32 	%r64, %r100, %r63;
-	mul.wide.u32 	%rd6, %r64, 32;
-	add.s64 	%rd7, %rd5, %rd6;
-	mul.wide.u32 	%rd9, %r62, 4;
-	add.s64 	%rd10, %rd8, %rd9;
-	ld.param.u32 	%rd11, [%rd10+2048];
-	ld.global.u64 	%rd12, [%rd7+8];
-	mul.lo.s64 	%rd13, %rd12, %rd11;
-	ld.global.u64 	%rd14, [%rd7];
-	add.s64 	%rd1, %rd13, %rd14;
-	mul.wide.u32 	%rd15, %r62, 8;
-	add.s64 	%rd16, %rd8, %rd15;
-	ld.param.u64 	%rd17, [%rd16];
-	ld.global.u64 	%rd18, [%rd7+16];
-	add.s64 	%rd2, %rd17, %rd18;
-	ld.global.u64 	%rd19, [%rd7+24];
-	shr.u64 	%rd20, %rd19, 4;
-	cvt.u32.u64 	%r4, %rd20;
-	setp.ge.u32 	%p2, %r65, %r4;
-	@%p2 bra 	$L__BB1_21;
 
-	mov.u32 	%r117, %r65;
+$L__BB1_3:
+	setp.ge.u32 	%p3, %r117, %r3;
+	@%p3 bra 	$L__BB1_5;
 
-$L__BB1_4:
-	setp.ge.u32 	%p3, %r117, %r4;
-	@%p3 bra 	$L__BB1_6;
-
-	mul.wide.u32 	%rd22, %r117, 16;
-	add.s64 	%rd21, %rd1, %rd22;
+	mul.wide.u32 	%rd25, %r117, 16;
+	add.s64 	%rd24, %rd3, %rd25;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r121,%r120,%r119,%r118}, [%rd21];
+	ld.global.cs.v4.u32 {%r121,%r120,%r119,%r118}, [%rd24];
 	// end inline asm
 
-$L__BB1_6:
-	add.s32 	%r31, %r117, 256;
-	setp.ge.u32 	%p4, %r31, %r4;
-	@%p4 bra 	$L__BB1_8;
+$L__BB1_5:
+	add.s32 	%r30, %r117, 256;
+	setp.ge.u32 	%p4, %r30, %r3;
+	@%p4 bra 	$L__BB1_7;
 
-	mul.wide.u32 	%rd24, %r31, 16;
-	add.s64 	%rd23, %rd1, %rd24;
+	mul.wide.u32 	%rd27, %r30, 16;
+	add.s64 	%rd26, %rd3, %rd27;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r125,%r124,%r123,%r122}, [%rd23];
+	ld.global.cs.v4.u32 {%r125,%r124,%r123,%r122}, [%rd26];
 	// end inline asm
 
-$L__BB1_8:
-	add.s32 	%r40, %r117, 512;
-	setp.ge.u32 	%p5, %r40, %r4;
-	@%p5 bra 	$L__BB1_10;
+$L__BB1_7:
+	add.s32 	%r39, %r117, 512;
+	setp.ge.u32 	%p5, %r39, %r3;
+	@%p5 bra 	$L__BB1_9;
 
-	mul.wide.u32 	%rd26, %r40, 16;
-	add.s64 	%rd25, %rd1, %rd26;
+	mul.wide.u32 	%rd29, %r39, 16;
+	add.s64 	%rd28, %rd3, %rd29;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r129,%r128,%r127,%r126}, [%rd25];
+	ld.global.cs.v4.u32 {%r129,%r128,%r127,%r126}, [%rd28];
 	// end inline asm
 
-$L__BB1_10:
-	add.s32 	%r49, %r117, 768;
-	setp.ge.u32 	%p6, %r49, %r4;
-	@%p6 bra 	$L__BB1_12;
+$L__BB1_9:
+	add.s32 	%r48, %r117, 768;
+	setp.ge.u32 	%p6, %r48, %r3;
+	@%p6 bra 	$L__BB1_11;
 
-	mul.wide.u32 	%rd28, %r49, 16;
-	add.s64 	%rd27, %rd1, %rd28;
+	mul.wide.u32 	%rd31, %r48, 16;
+	add.s64 	%rd30, %rd3, %rd31;
 	// begin inline asm
-	ld.global.cs.v4.u32 {%r133,%r132,%r131,%r130}, [%rd27];
+	ld.global.cs.v4.u32 {%r133,%r132,%r131,%r130}, [%rd30];
 	// end inline asm
 
-$L__BB1_12:
-	@%p3 bra 	$L__BB1_14;
+$L__BB1_11:
+	@%p3 bra 	$L__BB1_13;
 
-	mul.wide.u32 	%rd30, %r117, 16;
-	add.s64 	%rd29, %rd2, %rd30;
+	mul.wide.u32 	%rd33, %r117, 16;
+	add.s64 	%rd32, %rd4, %rd33;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd29], {%r121,%r120,%r119,%r118};
+	st.global.cs.v4.u32 [%rd32], {%r121,%r120,%r119,%r118};
 	// end inline asm
 
-$L__BB1_14:
-	@%p4 bra 	$L__BB1_16;
+$L__BB1_13:
+	@%p4 bra 	$L__BB1_15;
 
-	mul.wide.u32 	%rd32, %r31, 16;
-	add.s64 	%rd31, %rd2, %rd32;
+	mul.wide.u32 	%rd35, %r30, 16;
+	add.s64 	%rd34, %rd4, %rd35;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd31], {%r125,%r124,%r123,%r122};
+	st.global.cs.v4.u32 [%rd34], {%r125,%r124,%r123,%r122};
 	// end inline asm
 
-$L__BB1_16:
-	@%p5 bra 	$L__BB1_18;
+$L__BB1_15:
+	@%p5 bra 	$L__BB1_17;
 
-	mul.wide.u32 	%rd34, %r40, 16;
-	add.s64 	%rd33, %rd2, %rd34;
+	mul.wide.u32 	%rd37, %r39, 16;
+	add.s64 	%rd36, %rd4, %rd37;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd33], {%r129,%r128,%r127,%r126};
+	st.global.cs.v4.u32 [%rd36], {%r129,%r128,%r127,%r126};
 	// end inline asm
 
-$L__BB1_18:
-	@%p6 bra 	$L__BB1_20;
+$L__BB1_17:
+	@%p6 bra 	$L__BB1_19;
 
-	mul.wide.u32 	%rd36, %r49, 16;
-	add.s64 	%rd35, %rd2, %rd36;
+	mul.wide.u32 	%rd39, %r48, 16;
+	add.s64 	%rd38, %rd4, %rd39;
 	// begin inline asm
-	st.global.cs.v4.u32 [%rd35], {%r133,%r132,%r131,%r130};
+	st.global.cs.v4.u32 [%rd38], {%r133,%r132,%r131,%r130};
 	// end inline asm
+
+$L__BB1_19:
+	add.s32 	%r117, %r117, 1024;
+	setp.lt.u32 	%p11, %r117, %r3;
+	@%p11 bra 	$L__BB1_3;
 
 $L__BB1_20:
-	add.s32 	%r117, %r117, 1024;
-	setp.lt.u32 	%p11, %r117, %r4;
-	@%p11 bra 	$L__BB1_4;
-
-$L__BB1_21:
-	mov.u32 	%r99, %nctaid.x;
-	add.s32 	%r100, %r100, %r99;
-	setp.lt.u32 	%p12, %r100, %r1;
-	@%p12 bra 	$L__BB1_2;
-
-$L__BB1_22:
 	ret;
 
 }

@@ -70,12 +70,12 @@ struct Device {
 
 TEST(both_ways_move_the_right_bytes_with_drivers_of_any_age) {
     for (const std::string& library : {kOld, k12, k13}) {
-        for (CudaWay way : {CudaWay::kDriver, CudaWay::kKernel, CudaWay::kCalibrated}) {
+        for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged, CudaWay::kCalibrated}) {
             Device device(way, library);
             uint64_t launches = device.cuda->calls("cuLaunchKernel"), single = device.cuda->calls("cuMemcpyDtoHAsync");
             device.round_trip();
             CHECK_EQ(device.error(), "");
-            if (way == CudaWay::kKernel) CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches + 2);
+            if (way == CudaWay::kStaged) CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches + 2);
             if (way == CudaWay::kDriver) CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches);
             if (library != kOld) CHECK_EQ(device.cuda->calls("cuMemcpyDtoHAsync"), single);
         }
@@ -83,7 +83,7 @@ TEST(both_ways_move_the_right_bytes_with_drivers_of_any_age) {
 }
 
 TEST(nothing_is_written_beside_the_blocks) {
-    for (CudaWay way : {CudaWay::kDriver, CudaWay::kKernel}) {
+    for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged}) {
         Device device(way);
         Memory before(Device::kBlocks, {4096, 1024, 20480, 48}, 16);
         before.fill(1);
@@ -126,22 +126,52 @@ TEST(fragments_that_touch_in_both_memories_are_one_copy) {
 }
 
 TEST(odd_sizes_go_the_drivers_way) {
-    Device device(CudaWay::kKernel, k13, true, {4096, 1000, 24});
+    Device device(CudaWay::kStaged, k13, true, {4096, 1000, 24});
     uint64_t launches = device.cuda->calls("cuLaunchKernel");
     device.round_trip();
     CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches);
 }
 
+TEST(more_blocks_than_a_buffer_holds) {
+    constexpr uint32_t kMany = 1'500;  // of 25 KiB: more than 32 MiB
+    Slots slots(8);
+    Memory memory(8 + kMany, {4096, 1024, 20480, 48}, 16);
+    memory.fill(1);
+    populate(*slots.file);
+    FakeCuda* cuda = fake(k13);
+    CopyEngine engine(slots.file, cuda_backend(slots.file, memory.regions, {0, CudaWay::kStaged, k13}), 256, 1);
+    until([&] { return engine.backend().registered_bytes() > 0; });
+    CHECK(all(run(engine, Direction::kStore, slots.blocks()), CopyStatus::kOk));
+    slots.set_all(SlotState::kReady);
+    std::vector<CopyBlock> blocks;
+    for (uint32_t i = 0; i < kMany; ++i) blocks.push_back({slots.refs[i % 8], 8 + i});
+    uint64_t before = cuda->batched();
+    CHECK(all(run(engine, Direction::kLoad, blocks), CopyStatus::kOk));
+    CHECK_EQ(cuda->batched(), before + kMany);
+    for (uint32_t i = 0; i < kMany; ++i) CHECK(memory.block(8 + i) == memory.block(i % 8));
+}
+
+// The engine gave its memory to the KV cache.
+TEST(without_memory_for_a_buffer_the_drivers_way_is_left) {
+    fake(k13)->fail("cuMemAlloc", kOutOfMemory, 2);
+    Device device(CudaWay::kStaged);
+    device.cuda->fail("cuMemAlloc", 0, 0);
+    uint64_t launches = device.cuda->calls("cuLaunchKernel");
+    device.round_trip();
+    CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches);
+    CHECK_EQ(device.error(), "cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY");
+}
+
 TEST(without_a_kernel_the_drivers_way_is_left) {
     fake(k13)->fail("cuModuleLoadData", 1, 2);
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     device.round_trip();
     CHECK_EQ(device.error(), "cuModuleLoadData: CUDA_ERROR_INVALID_VALUE");
     fake(k13)->fail("cuModuleLoadData", 0, 0);
 }
 
 TEST(slabs_that_are_not_registered_are_copied_all_the_same) {
-    for (CudaWay way : {CudaWay::kDriver, CudaWay::kKernel}) {
+    for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged}) {
         Device device(way, k13, false);
         uint64_t launches = device.cuda->calls("cuLaunchKernel"), single = device.cuda->calls("cuMemcpyDtoHAsync");
         CHECK(all(device.store(), CopyStatus::kOk));
@@ -150,12 +180,12 @@ TEST(slabs_that_are_not_registered_are_copied_all_the_same) {
         populate(*device.slots.file);
         until([&] { return device.engine->backend().registered_bytes() > 0; });
         device.round_trip();
-        CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches + (way == CudaWay::kKernel ? 2 : 0));
+        CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches + (way == CudaWay::kStaged ? 2 : 0));
     }
 }
 
 TEST(a_refused_registration_is_noted_and_lived_with) {
-    Device device(CudaWay::kKernel, k13, false);
+    Device device(CudaWay::kStaged, k13, false);
     device.cuda->fail("cuMemHostRegister", kOutOfMemory, 1);
     populate(*device.slots.file);
     until([&] { return device.error() == "cuMemHostRegister_v2: CUDA_ERROR_OUT_OF_MEMORY"; });
@@ -164,9 +194,9 @@ TEST(a_refused_registration_is_noted_and_lived_with) {
 }
 
 TEST(engines_over_one_mapping_share_its_registration) {
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     size_t ranges = device.cuda->registered();
-    std::unique_ptr<CopyEngine> second = device.start(CudaWay::kKernel, k13);
+    std::unique_ptr<CopyEngine> second = device.start(CudaWay::kStaged, k13);
     until([&] { return second->backend().registered_bytes() > 0; });
     CHECK_EQ(device.cuda->registered(), ranges);
     second->close();
@@ -178,7 +208,7 @@ TEST(engines_over_one_mapping_share_its_registration) {
 
 TEST(a_store_reads_what_the_compute_stream_wrote_before_it) {
     for (bool populated : {true, false}) {
-        Device device(CudaWay::kKernel, k13, populated);
+        Device device(CudaWay::kStaged, k13, populated);
         device.cuda->hold(true);
         device.engine->submit(Direction::kStore, device.slots.blocks(), device.cuda->slow_stream);
         std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -195,7 +225,7 @@ TEST(a_store_reads_what_the_compute_stream_wrote_before_it) {
 }
 
 TEST(a_load_waits_for_earlier_readers_but_not_for_stores) {
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     CHECK(all(device.store(), CopyStatus::kOk));
     Bytes before = device.memory.block(19);
     device.cuda->hold(true);
@@ -216,7 +246,7 @@ TEST(a_load_waits_for_earlier_readers_but_not_for_stores) {
 
 TEST(a_refusal_fails_the_copy_and_not_the_next) {
     for (const char* symbol : {"cuLaunchKernel", "cuEventRecord"}) {
-        Device device(CudaWay::kKernel);
+        Device device(CudaWay::kStaged);
         device.cuda->fail(symbol, kOutOfMemory, 1);
         CHECK(all(device.store(), CopyStatus::kFailed));
         CHECK_EQ(device.error(), std::string(symbol) + ": CUDA_ERROR_OUT_OF_MEMORY");
@@ -226,7 +256,7 @@ TEST(a_refusal_fails_the_copy_and_not_the_next) {
 }
 
 TEST(refusals_in_a_row_switch_the_device_off) {
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     device.cuda->fail("cuLaunchKernel", kOutOfMemory, 1'000);
     uint64_t before = device.cuda->calls("cuLaunchKernel");
     for (int i = 0; i < 5; ++i) CHECK(all(device.store(), CopyStatus::kFailed));
@@ -236,7 +266,7 @@ TEST(refusals_in_a_row_switch_the_device_off) {
 }
 
 TEST(an_error_that_ends_the_context_switches_it_off_at_once) {
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     device.cuda->fail("cuEventSynchronize", kIllegalAddress, 1);
     CHECK(all(device.store(), CopyStatus::kFailed));
     CHECK(device.is_off());
@@ -246,7 +276,7 @@ TEST(an_error_that_ends_the_context_switches_it_off_at_once) {
 
 // Nothing may arrive once a job was reported: what was enqueued before the error is waited for.
 TEST(a_failed_copy_is_over_when_it_is_reported) {
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     uint64_t before = device.cuda->calls("cuStreamSynchronize");
     device.cuda->fail("cuLaunchKernel", kOutOfMemory, 1);
     CHECK(all(device.store(), CopyStatus::kFailed));
@@ -254,7 +284,7 @@ TEST(a_failed_copy_is_over_when_it_is_reported) {
 }
 
 TEST(a_bad_block_beside_good_ones_is_left_out) {
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     device.slots.set(device.slots.refs[3], SlotState::kFree);
     std::vector<CopyStatus> status = device.store();
     for (size_t i = 0; i < 8; ++i) CHECK(status[i] == (i == 3 ? CopyStatus::kStale : CopyStatus::kOk));
@@ -266,12 +296,12 @@ TEST(a_bad_block_beside_good_ones_is_left_out) {
     CHECK(device.memory.block(15) == before);
 }
 
-// 64 MiB are a batch: the job is stopped behind the batches under way.
+// 128 MiB are a batch: the job is stopped behind the batches under way.
 TEST(cancel_waits_for_the_batches_under_way_only) {
-    Device device(CudaWay::kKernel);
+    Device device(CudaWay::kStaged);
     CHECK(all(device.store(), CopyStatus::kOk));
     device.slots.set_all(SlotState::kReady);
-    size_t batch = (64 << 20) / device.memory.block(0).size();
+    size_t batch = (128 << 20) / device.memory.block(0).size();
     std::vector<CopyBlock> blocks;
     for (uint32_t i = 0; i < 4 * batch; ++i) {  // no two batches write one block
         blocks.push_back({device.slots.refs[i % 8], static_cast<uint32_t>(4 * (i / batch) + i % 4)});
@@ -299,7 +329,7 @@ TEST(cancel_waits_for_the_batches_under_way_only) {
 TEST(close_gives_everything_back) {
     FakeCuda* cuda = fake(k13);
     size_t alive = cuda->alive(), registered = cuda->registered();
-    for (CudaWay way : {CudaWay::kDriver, CudaWay::kKernel, CudaWay::kCalibrated}) {
+    for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged, CudaWay::kCalibrated}) {
         Device device(way);
         device.round_trip();
         device.engine->close();
@@ -312,7 +342,7 @@ TEST(close_gives_everything_back) {
 }
 
 TEST(close_while_slabs_are_still_being_made) {
-    Device device(CudaWay::kKernel, k13, false);
+    Device device(CudaWay::kStaged, k13, false);
     device.engine->close();
     CHECK(device.engine->poll().empty());
 }

@@ -1,6 +1,6 @@
 // A CUDA driver on the CPU, with the entry points that the backend uses. Everything is done at once, but for work that
 // a test holds back; device memory is ordinary memory; the kernels are gather.cu's, in C++. It is stricter than a real
-// one: a kernel must use mapped addresses (which differ from the host's here), and touch registered memory only.
+// one: a kernel must touch no other memory of the device than what was allocated there, or a test's KV memory.
 #include "fake_cuda.h"
 
 #include <condition_variable>
@@ -22,14 +22,13 @@ struct kvpool::cuda::CUevent_st {
 namespace {
 
 constexpr CUresult kInvalidValue = 1, kInvalidDevice = 101, kIllegalAddress = 700, kAlready = 712, kNot = 713;
-constexpr CUdeviceptr kMapped = 1ull << 60;  // added to a host address where a device sees it
 
 struct State {
     std::mutex mutex;  // guards all
     std::condition_variable changed;
     std::map<std::string, std::pair<CUresult, int>> failing;
     std::map<std::string, uint64_t> calls;
-    std::map<CUdeviceptr, size_t> registered;
+    std::map<CUdeviceptr, size_t> registered, allocated;
     uint64_t batched = 0;
     size_t alive = 0;
     bool held = false;
@@ -64,10 +63,12 @@ T pointer(CUdeviceptr address) {
     return reinterpret_cast<T>(address);
 }
 
-bool is_registered(CUdeviceptr address, size_t bytes) {
+using Ranges = std::map<CUdeviceptr, size_t>;
+
+bool lies_in(const Ranges& ranges, CUdeviceptr address, size_t bytes) {
     std::lock_guard lock(state().mutex);
-    auto after = state().registered.upper_bound(address);
-    if (after == state().registered.begin()) return false;
+    auto after = ranges.upper_bound(address);
+    if (after == ranges.begin()) return false;
     auto range = std::prev(after);
     return address + bytes <= range->first + range->second;
 }
@@ -84,7 +85,8 @@ CUresult wait_for(CUevent event) {
     if (stream == nullptr || num_attributes != 1 || *first != 0 || count == 0) return kInvalidValue;
     if (attributes->src_access_order != kSrcAccessOrderStream) return kInvalidValue;
     for (size_t i = 0; i < count; ++i) {
-        if (!is_registered(to[i], bytes[i]) && !is_registered(from[i], bytes[i])) return kInvalidValue;
+        const Ranges& host = state().registered;
+        if (!lies_in(host, to[i], bytes[i]) && !lies_in(host, from[i], bytes[i])) return kInvalidValue;
         std::memcpy(pointer<void*>(to[i]), pointer<void*>(from[i]), bytes[i]);
     }
     std::lock_guard lock(state().mutex);
@@ -92,16 +94,16 @@ CUresult wait_for(CUevent event) {
     return kSuccess;
 }
 
-CUresult gather(bool load, const GatherPiece* pieces, unsigned num_pieces, unsigned num_blocks,
-                const GatherBlocks& blocks) {
-    for (unsigned work = 0; work < num_pieces * num_blocks; ++work) {
+CUresult gather(bool load, unsigned grid, const GatherPiece* pieces, unsigned num_pieces, const GatherBlocks& blocks) {
+    for (unsigned work = 0; work < grid; ++work) {
         const GatherPiece& piece = pieces[work % num_pieces];
         unsigned number = work / num_pieces;
+        if (number >= blocks.count) continue;
         CUdeviceptr kv = piece.kv + blocks.block[number] * piece.stride;
-        CUdeviceptr shard = blocks.shard[number] + piece.offset - kMapped;
-        if (!is_registered(shard, piece.bytes)) return kIllegalAddress;
-        if ((kv | shard | piece.bytes) % 16 != 0) return kIllegalAddress;
-        std::memcpy(pointer<void*>(load ? kv : shard), pointer<void*>(load ? shard : kv), piece.bytes);
+        CUdeviceptr staged = blocks.staged + number * blocks.staged_stride + piece.offset;
+        if (!lies_in(state().allocated, staged, piece.bytes)) return kIllegalAddress;
+        if ((kv | staged | piece.bytes) % 16 != 0) return kIllegalAddress;
+        std::memcpy(pointer<void*>(load ? kv : staged), pointer<void*>(load ? staged : kv), piece.bytes);
     }
     return kSuccess;
 }
@@ -255,11 +257,17 @@ CUresult cuMemAlloc_v2(CUdeviceptr* memory, size_t bytes) {
     ENTER("cuMemAlloc");
     *memory = reinterpret_cast<CUdeviceptr>(std::aligned_alloc(256, (bytes + 255) / 256 * 256));
     count(1);
+    std::lock_guard lock(state().mutex);
+    state().allocated[*memory] = bytes;
     return kSuccess;
 }
 
 CUresult cuMemFree_v2(CUdeviceptr memory) {
     if (memory != 0) count(-1);
+    {
+        std::lock_guard lock(state().mutex);
+        state().allocated.erase(memory);
+    }
     std::free(pointer<void*>(memory));
     return kSuccess;
 }
@@ -287,12 +295,6 @@ CUresult cuMemFreeHost(void* memory) {
     std::free(memory);
     count(-1);
     return kSuccess;
-}
-
-CUresult cuMemHostGetDevicePointer_v2(CUdeviceptr* device, void* memory, unsigned) {
-    ENTER("cuMemHostGetDevicePointer");
-    *device = reinterpret_cast<CUdeviceptr>(memory) + kMapped;
-    return is_registered(*device - kMapped, 1) ? kSuccess : kInvalidValue;
 }
 
 CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CUstream) {
@@ -331,9 +333,9 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned, unsigned, 
     ENTER("cuLaunchKernel");
     if (grid == 0 || threads != kGatherThreads) return kInvalidValue;
     auto* pieces = pointer<const GatherPiece*>(*static_cast<CUdeviceptr*>(parameters[0]));
-    return gather(function == reinterpret_cast<CUfunction>(&state().load), pieces,
-                  *static_cast<unsigned*>(parameters[1]), *static_cast<unsigned*>(parameters[2]),
-                  *static_cast<GatherBlocks*>(parameters[3]));
+    bool load = function == reinterpret_cast<CUfunction>(&state().load);
+    return gather(load, grid, pieces, *static_cast<unsigned*>(parameters[1]),
+                  *static_cast<GatherBlocks*>(parameters[2]));
 }
 
 #if FAKE_CUDA_BATCH == 1

@@ -30,9 +30,9 @@ pytestmark = [
 MIB = 1 << 20
 BLOCK_BYTES = 2 * MIB
 LAYOUTS = {"1 x 2 MiB": 1, "32 x 64 KiB": 32, "64 x 32 KiB": 64, "256 x 8 KiB": 256}
-WAYS = ["driver", "kernel", ""]
-COUNT = 32
-"""Blocks of a job: one batch of the engine."""
+WAYS = ["driver", "staged", ""]
+COUNT = 64
+"""Blocks of a job: one batch of the engine, and two fills of its buffer."""
 SPIN_CYCLES = 300_000_000
 """0.15 s and more: far longer than any of these copies takes."""
 WAIT_S = 30.0

@@ -45,7 +45,7 @@ from vllm_kvpool.types import num_refs
 
 logger = logging.getLogger(__name__)
 
-CHECKSUM_EVERY = {"off": 0, "sampled": 16, "all": 1}
+CHECKSUM_EVERY = {"off": 0, "sampled": 64, "all": 1}
 RETRY_S = 1.0
 """Between attempts to map a pool that could not be mapped."""
 LOCK_WAIT_S = 1.0

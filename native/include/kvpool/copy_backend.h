@@ -66,8 +66,8 @@ std::unique_ptr<CopyBackend> cpu_backend(std::vector<Region> regions, unsigned t
 // How a GPU backend moves registered memory.
 enum class CudaWay {
     kCalibrated,  // whichever is better for the layout on that device, tried out at start
-    kDriver,      // copies by the driver, in batches
-    kKernel,      // a kernel that gathers and scatters
+    kDriver,      // a copy by the driver for each fragment, in batches
+    kStaged,      // a copy for each block, of a buffer in device memory where a kernel gathers and scatters
 };
 
 struct CudaOptions {
