@@ -181,6 +181,7 @@ class MiniEngine:
         asynchronous: bool = False,
         kv_order: str = "LBHNC",
         connect: bool = True,
+        learn: bool = False,
         extra: dict[str, Any],
         **options: Any,
     ) -> None:
@@ -219,6 +220,9 @@ class MiniEngine:
         if connect and self.connector._scheduler is not None:
             self.wait_connected()
         self._stats = KVPoolStats()
+        if not learn and self.connector._scheduler is not None:
+            # This model takes no time: every load would be found to be slower, and left.
+            self.connector._scheduler._tradeoff.computed = lambda tokens, seconds: None
 
     def wait_connected(self) -> None:
         """As an engine is some milliseconds after its first request."""

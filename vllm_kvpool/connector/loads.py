@@ -10,6 +10,7 @@ block and those after it: the workers report load errors, and vLLM computes from
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from vllm_kvpool.connector.link import PoolLink
 from vllm_kvpool.connector.metadata import JobReport, LoadJob
 from vllm_kvpool.connector.records import Lookup, RequestRecord
 from vllm_kvpool.connector.stats import KVPoolStats
+from vllm_kvpool.connector.tradeoff import Tradeoff
 from vllm_kvpool.types import KEY_BYTES, REF_BYTES, BlockKeys, SlotRefs, num_refs
 
 NO_REFS = SlotRefs(b"")
@@ -48,6 +50,7 @@ class _Load:
     """Leased."""
     first: int
     num_unleased: int
+    begun_s: float
     report: JobReport | None = None
 
 
@@ -68,12 +71,14 @@ class LoadPlanner:
         stats: KVPoolStats,
         numbers: Iterator[int],
         lookahead_blocks: int,
+        tradeoff: Tradeoff,
     ) -> None:
         self._link = link
         self._min_load_tokens = config.min_load_tokens
         self._stats = stats
         self._numbers = numbers
         self._lookahead_blocks = lookahead_blocks
+        self._tradeoff = tradeoff
         self._loads: dict[int, _Load] = {}
         self._planned: list[_Plan] = []
         self._used: list[SlotRefs] = []
@@ -97,7 +102,15 @@ class LoadPlanner:
             miss = "absent"
         elif num_blocks * self._link.block_tokens < self._min_load_tokens:
             miss = "short"
-        return Lookup(refs, first, miss)
+        if miss:
+            return Lookup(refs, first, miss)
+        return self._compared(refs, first, num_blocks)
+
+    def _compared(self, refs: SlotRefs, first: int, num_blocks: int) -> Lookup:
+        num_tokens = num_blocks * self._link.block_tokens
+        prediction = self._tradeoff.predict(num_tokens, time.monotonic())
+        load = prediction is None or prediction.load_is_faster
+        return Lookup(refs, first, "" if load else "slower", prediction)
 
     def _why_not(self, record: RequestRecord) -> str:
         if not self._link.usable:
@@ -130,6 +143,9 @@ class LoadPlanner:
         if lookup is None:
             return
         record.cursor = max(record.cursor, num_refs(lookup.refs))
+        if lookup.prediction is not None:
+            self._stats.observe("predicted_load_seconds", lookup.prediction.load_s)
+            self._stats.observe("predicted_compute_seconds", lookup.prediction.compute_s)
         if lookup.miss or num_external_tokens == 0:
             if lookup.refs:
                 self._used.append(lookup.refs)
@@ -143,7 +159,8 @@ class LoadPlanner:
         num_blocks = lookup.num_load_blocks
         refs = _leased_run(self._client, SlotRefs(lookup.refs[lookup.first * REF_BYTES :]))
         number = next(self._numbers)
-        load = _Load(record, refs, lookup.first, num_blocks - num_refs(refs))
+        begun_s = time.monotonic()
+        load = _Load(record, refs, lookup.first, num_blocks - num_refs(refs), begun_s)
         self._loads[number] = load
         chain = SlotRefs(lookup.refs[: lookup.first * REF_BYTES] + refs)
         rows = compat.allocated_blocks(blocks, lookup.first, num_blocks)
@@ -189,6 +206,9 @@ class LoadPlanner:
     def _finish(self, load: _Load, statuses: bytes) -> None:
         if load.refs:
             self._client.release(load.refs)
+            now_s = time.monotonic()
+            num_tokens = num_refs(load.refs) * self._link.block_tokens
+            self._tradeoff.loaded(num_tokens, now_s - load.begun_s, now_s)
         load.record.loading = False
         if not load.num_unleased and not any(statuses):
             return

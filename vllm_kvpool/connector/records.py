@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_kvpool.connector.hints import Hints
+from vllm_kvpool.connector.tradeoff import Prediction
 from vllm_kvpool.keys import block_keys
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs, num_refs
 
@@ -22,6 +23,8 @@ class Lookup:
     """Blocks that the engine holds itself: the load begins here."""
     miss: str
     """Why nothing is to be loaded; empty when there is."""
+    prediction: Prediction | None = None
+    """What decided, where loading was compared with computing."""
 
     @property
     def num_load_blocks(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,9 +23,11 @@ from vllm_kvpool.connector.metadata import (
     PoolAttachment,
     WorkerLayout,
 )
+from vllm_kvpool.connector.prefills import PrefillTimes
 from vllm_kvpool.connector.records import RequestRecord
 from vllm_kvpool.connector.stats import KVPoolStats
 from vllm_kvpool.connector.stores import StorePlanner
+from vllm_kvpool.connector.tradeoff import Tradeoff
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,11 @@ class SchedulerSide:
         self._stats = KVPoolStats()
         numbers = itertools.count(1)
         lookahead = compat.lookahead_blocks(vllm_config)
-        self._loads = LoadPlanner(self._link, config, self._stats, numbers, lookahead)
+        self._tradeoff = Tradeoff()
+        self._prefills = PrefillTimes()
+        self._loads = LoadPlanner(
+            self._link, config, self._stats, numbers, lookahead, self._tradeoff
+        )
         self._stores = StorePlanner(self._link, config, self._stats, numbers)
         self._hints = HintReader()
         self._records: dict[str, RequestRecord] = {}
@@ -81,6 +88,8 @@ class SchedulerSide:
 
     def finish_request(self, request: Any, block_ids: list[int]) -> None:
         """The last blocks may have got their hashes only now."""
+        self._learn_prefills(time.monotonic())
+        self._prefills.forget(request.request_id)
         record = self._records.pop(request.request_id, None)
         if record is not None and self._link.connected:
             record.block_ids = block_ids
@@ -93,16 +102,23 @@ class SchedulerSide:
             self._poll()
         self._polled = False
         connected = self._link.connected
+        now_s = time.monotonic()
+        self._learn_prefills(now_s)
         for request_id, block_ids, replace, num_computed in compat.scheduled_requests(output):
             record = self._records[request_id]
             if replace:
                 record.block_ids = list(block_ids)
+                self._prefills.scheduled(record.request, num_computed, now_s)
             elif block_ids:
                 record.block_ids.extend(block_ids)
             if connected:
                 self._stores.offer(record, num_computed + output.num_scheduled_tokens[request_id])
         loads, stores = self._loads.take_planned(), self._stores.take_planned()
         return KVPoolMetadata(self._attachment(bool(loads or stores)), loads, stores)
+
+    def _learn_prefills(self, now_s: float) -> None:
+        for num_tokens, seconds in self._prefills.take_finished(now_s):
+            self._tradeoff.computed(num_tokens, seconds)
 
     def _attachment(self, needed: bool) -> PoolAttachment | None:
         if not needed and not self._link.connected:

@@ -1,0 +1,68 @@
+"""A prefix whose load is predicted to take longer than its computation is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+
+from vllm_kvpool.connector.tradeoff import MIN_OBSERVATIONS, TRUST_S, Tradeoff
+
+MakeEngine = Callable[..., MiniEngine]
+SLOW_S, QUICK_S = 60.0, 1e-4
+"""For a block: slower and faster than the engine, whatever the machine."""
+
+
+def tradeoff_of(engine: MiniEngine) -> Tradeoff:
+    assert engine.connector._scheduler is not None
+    return engine.connector._scheduler._tradeoff
+
+
+def teach_loads(engine: MiniEngine, seconds: float, now_s: float) -> None:
+    for _ in range(3 * MIN_OBSERVATIONS):
+        tradeoff_of(engine).loaded(BLOCK, seconds, now_s)
+
+
+def test_engines_learn_both_from_their_requests(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=64, learn=True)
+    for seed in range(MIN_OBSERVATIONS):
+        prompt = prompt_of(seed, (3 + seed) * BLOCK + 5)
+        engine.generate(prompt)
+        engine.reset_prefix_cache()
+        assert engine.generate(prompt)[1] == (3 + seed) * BLOCK
+    tradeoff = tradeoff_of(engine)
+    assert tradeoff._computations.count == 2 * MIN_OBSERVATIONS
+    assert tradeoff._loads.count == MIN_OBSERVATIONS
+    prediction = tradeoff.predict(4 * BLOCK, tradeoff._last_load_s)
+    assert prediction is not None
+    assert 0 < prediction.compute_s < 10
+
+
+def test_slow_loads_are_left_until_it_is_time_to_try_again(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=64, learn=True)
+    prompts = [prompt_of(seed, 6 * BLOCK + 5) for seed in range(MIN_OBSERVATIONS)]
+    for prompt in prompts:
+        engine.generate(prompt)
+    engine.reset_prefix_cache()
+    teach_loads(engine, SLOW_S, now_s=1e12)
+    assert engine.generate(prompts[0]) == (expected_output(prompts[0]), 0)
+    assert engine.stats["misses:slower"] == 1
+    (predicted,) = engine.stats["predicted_load_seconds"]
+    assert predicted > engine.stats["predicted_compute_seconds"][0]
+    tradeoff_of(engine)._last_load_s = -TRUST_S
+    engine.reset_prefix_cache()
+    assert engine.generate(prompts[0]) == (expected_output(prompts[0]), 6 * BLOCK)
+
+
+def test_quick_loads_are_made(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=64, learn=True)
+    prompts = [prompt_of(seed, 6 * BLOCK + 5) for seed in range(MIN_OBSERVATIONS)]
+    for prompt in prompts:
+        engine.generate(prompt)
+    engine.reset_prefix_cache()
+    teach_loads(engine, QUICK_S, now_s=1e12)
+    for _ in range(3 * MIN_OBSERVATIONS):
+        tradeoff_of(engine).computed(BLOCK, SLOW_S)
+    assert engine.generate(prompts[1]) == (expected_output(prompts[1]), 6 * BLOCK)
+    assert len(engine.stats["predicted_load_seconds"]) == 1
+    assert "misses:slower" not in engine.stats

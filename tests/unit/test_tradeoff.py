@@ -1,0 +1,97 @@
+"""Load or compute: what is learnt, and when it is believed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from vllm_kvpool.connector.tradeoff import MIN_OBSERVATIONS, TRUST_S, Line, Tradeoff
+
+
+def taught(load_s: float, compute_s: float, tokens: tuple[int, ...] = (1_000,)) -> Tradeoff:
+    """Seconds for 1,000 tokens; the last load ended at 100 s."""
+    tradeoff = Tradeoff()
+    for i in range(MIN_OBSERVATIONS):
+        count = tokens[i % len(tokens)]
+        tradeoff.loaded(count, load_s * count / 1_000, 100.0)
+        tradeoff.computed(count, compute_s * count / 1_000)
+    return tradeoff
+
+
+def test_a_line_is_found_again() -> None:
+    line = Line()
+    for tokens in (100, 2_000, 400, 8_000, 1_000, 300, 5_000, 700):
+        line.add(tokens, 0.004 + 20e-6 * tokens)
+    assert line.at(0) == pytest.approx(0.004)
+    assert line.at(32_000) == pytest.approx(0.644)
+
+
+def test_noise_does_not_turn_a_line_around() -> None:
+    draw = random.Random(1)
+    line = Line()
+    for _ in range(50):
+        line.add(draw.choice((1_000, 1_010)), draw.uniform(0.02, 0.06))
+    assert 0.2 < line.at(10_000) < 0.6
+    falling = Line()
+    for tokens, seconds in ((100, 0.5), (1_000, 0.1)) * 4:
+        falling.add(tokens, seconds)
+    assert falling.at(2_000) > falling.at(1_000)
+
+
+def test_what_is_long_past_counts_for_little() -> None:
+    line = Line()
+    for _ in range(20):
+        line.add(1_000, 5.0)  # as when the memory is touched first
+    for _ in range(60):
+        line.add(1_000, 0.1)
+    assert line.at(1_000) == pytest.approx(0.1, rel=0.2)
+
+
+def test_the_faster_one_is_chosen() -> None:
+    quick = taught(load_s=0.01, compute_s=0.1).predict(4_000, 101.0)
+    slow = taught(load_s=0.2, compute_s=0.1).predict(4_000, 101.0)
+    assert quick is not None
+    assert quick.load_is_faster
+    assert quick.load_s == pytest.approx(0.04)
+    assert slow is not None
+    assert not slow.load_is_faster
+    assert slow.compute_s == pytest.approx(0.4)
+
+
+def test_the_crossover_lies_where_the_lines_meet() -> None:
+    """Loads of 4 ms and 5 us a token, computation of 25 us a token: 200 tokens."""
+    tradeoff = Tradeoff()
+    for tokens in (500, 1_000, 2_000, 4_000) * 3:
+        tradeoff.loaded(tokens, 0.004 + 5e-6 * tokens, 1.0)
+        tradeoff.computed(tokens, 25e-6 * tokens)
+    answers = [tradeoff.predict(tokens, 1.0) for tokens in (190, 210)]
+    assert [answer is not None and answer.load_is_faster for answer in answers] == [False, True]
+
+
+def test_short_prompts_do_not_make_long_ones_look_cheap() -> None:
+    """A step takes 20 ms at least: nothing about 8,000 tokens is to be learnt from the difference of
+    16 and 500."""
+    tradeoff = taught(load_s=0.004, compute_s=0.1)
+    for tokens, seconds in ((16, 0.020), (500, 0.021)) * 20:
+        tradeoff.computed(tokens, seconds)
+    answer = tradeoff.predict(8_000, 101.0)
+    assert answer is not None
+    assert answer.compute_s > 0.2
+
+
+def test_nothing_is_said_before_both_are_known() -> None:
+    tradeoff = Tradeoff()
+    for _ in range(MIN_OBSERVATIONS):
+        assert tradeoff.predict(1_000, 0.0) is None
+        tradeoff.loaded(1_000, 9.0, 0.0)
+    for _ in range(MIN_OBSERVATIONS):
+        assert tradeoff.predict(1_000, 0.0) is None
+        tradeoff.computed(1_000, 0.1)
+    assert tradeoff.predict(1_000, 0.0) is not None
+
+
+def test_slow_loads_are_tried_again_after_a_while() -> None:
+    tradeoff = taught(load_s=0.2, compute_s=0.1)
+    assert tradeoff.predict(1_000, 100.0 + TRUST_S) is not None
+    assert tradeoff.predict(1_000, 100.1 + TRUST_S) is None

@@ -1,0 +1,97 @@
+"""Load or compute again, whichever is predicted to be faster.
+
+Both are learnt from what requests of this engine went through, so that queues, other requests in the batch and the
+speed of the link are in it: the time from the start of a load until its blocks can be used, and the time from the first
+step of a prompt's computation to its first token. A load is a straight line over the number of tokens, fitted to the
+last ones; computation is so much a token, as in the longest of the last prompts (short ones take what a step takes at
+least, and that has to be spent on the rest of a loaded prompt too). Until both are known, and again when no load was
+seen for a while, the answer is to load.
+
+Pure: no clock, no engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+KEEP = 0.9
+"""What an observation weighs when the next one comes: about the last ten count."""
+MIN_OBSERVATIONS = 8
+"""Of each kind. The first ones are slow: memory is touched, kernels are loaded."""
+TRUST_S = 10.0
+"""A line of loads is believed for so long after its last one: were loads given up for good because some were slow,
+nobody would notice when they get fast again."""
+
+
+@dataclass(slots=True)
+class Line:
+    """seconds = intercept + slope * tokens, by least squares with weights that fade."""
+
+    count: int = 0
+    weight: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    tokens_squared: float = 0.0
+    product: float = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.count += 1
+        self.weight = self.weight * KEEP + 1
+        self.tokens = self.tokens * KEEP + tokens
+        self.seconds = self.seconds * KEEP + seconds
+        self.tokens_squared = self.tokens_squared * KEEP + tokens * tokens
+        self.product = self.product * KEEP + tokens * seconds
+
+    @property
+    def known(self) -> bool:
+        return self.count >= MIN_OBSERVATIONS
+
+    def through_origin(self) -> float:
+        """Seconds a token of the best line without an intercept: the longest observations decide."""
+        return self.product / self.tokens_squared
+
+    def _slope(self) -> float:
+        """Through the origin where the observations do not tell otherwise: all about as long, or
+        shorter ones that took longer."""
+        spread = self.weight * self.tokens_squared - self.tokens * self.tokens
+        if spread > 0.01 * self.weight * self.tokens_squared:
+            slope = (self.weight * self.product - self.tokens * self.seconds) / spread
+            if slope > 0:
+                return slope
+        return self.through_origin()
+
+    def at(self, tokens: int) -> float:
+        slope = self._slope()
+        return (self.seconds - slope * self.tokens) / self.weight + slope * tokens
+
+
+class Prediction(NamedTuple):
+    load_s: float
+    compute_s: float
+
+    @property
+    def load_is_faster(self) -> bool:
+        return self.load_s <= self.compute_s
+
+
+class Tradeoff:
+    def __init__(self) -> None:
+        self._loads = Line()
+        self._computations = Line()
+        self._last_load_s = 0.0
+
+    def loaded(self, tokens: int, seconds: float, now_s: float) -> None:
+        self._loads.add(tokens, seconds)
+        self._last_load_s = now_s
+
+    def computed(self, tokens: int, seconds: float) -> None:
+        self._computations.add(tokens, seconds)
+
+    def predict(self, tokens: int, now_s: float) -> Prediction | None:
+        """For `tokens` more of a prompt whose rest is computed in any case. None: not known."""
+        if not self._loads.known or not self._computations.known:
+            return None
+        if now_s > self._last_load_s + TRUST_S:
+            return None
+        return Prediction(self._loads.at(tokens), self._computations.through_origin() * tokens)
