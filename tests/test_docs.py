@@ -157,7 +157,7 @@ def reasons_in_code() -> dict[str, set[str]]:
     skipped = skipped - {"store_<reason>"} | {f"store_{reason}" for reason in left}
     (statuses,) = nodes("connector/loads.py", ast.Assign, "STATUS_REASONS")
     elsewhere = {
-        "misses": bodies("connector/loads.py", "look_up", "_why_not"),
+        "misses": bodies("connector/loads.py", "look_up", "_compared", "_why_not"),
         "load_failed_blocks": words(*statuses.value.values),
         "store_skipped_blocks": words(*nodes("connector/stores.py", ast.Call, "_give_up"))
         | left
