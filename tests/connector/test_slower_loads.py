@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
@@ -18,9 +19,13 @@ def tradeoff_of(engine: MiniEngine) -> Tradeoff:
     return engine.connector._scheduler._tradeoff
 
 
-def teach_loads(engine: MiniEngine, seconds: float, now_s: float) -> None:
-    for _ in range(3 * MIN_OBSERVATIONS):
-        tradeoff_of(engine).loaded(BLOCK, seconds, now_s)
+def teach_loads(engine: MiniEngine, seconds: float) -> None:
+    """One after the other, the last one just now."""
+    count = 3 * MIN_OBSERVATIONS
+    first_s = time.monotonic() - count * seconds
+    tradeoff_of(engine)._last_load_s = first_s
+    for i in range(count):
+        tradeoff_of(engine).loaded(BLOCK, first_s + i * seconds, first_s + (i + 1) * seconds)
 
 
 def test_engines_learn_both_from_their_requests(make_engine: MakeEngine) -> None:
@@ -44,12 +49,12 @@ def test_slow_loads_are_left_until_it_is_time_to_try_again(make_engine: MakeEngi
     for prompt in prompts:
         engine.generate(prompt)
     engine.reset_prefix_cache()
-    teach_loads(engine, SLOW_S, now_s=1e12)
+    teach_loads(engine, SLOW_S)
     assert engine.generate(prompts[0]) == (expected_output(prompts[0]), 0)
     assert engine.stats["misses:slower"] == 1
     (predicted,) = engine.stats["predicted_load_seconds"]
     assert predicted > engine.stats["predicted_compute_seconds"][0]
-    tradeoff_of(engine)._last_load_s = -TRUST_S
+    tradeoff_of(engine)._last_load_s -= TRUST_S
     engine.reset_prefix_cache()
     assert engine.generate(prompts[0]) == (expected_output(prompts[0]), 6 * BLOCK)
 
@@ -60,7 +65,7 @@ def test_quick_loads_are_made(make_engine: MakeEngine) -> None:
     for prompt in prompts:
         engine.generate(prompt)
     engine.reset_prefix_cache()
-    teach_loads(engine, QUICK_S, now_s=1e12)
+    teach_loads(engine, QUICK_S)
     for _ in range(3 * MIN_OBSERVATIONS):
         tradeoff_of(engine).computed(BLOCK, SLOW_S)
     assert engine.generate(prompts[1]) == (expected_output(prompts[1]), 6 * BLOCK)

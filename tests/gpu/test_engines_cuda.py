@@ -1,7 +1,8 @@
 """Real engines on a GPU, a model of a few megabytes: the pool's blocks give the output that VRAM's do.
 
 One run for each thing that changes the layout or the order of events. The engines are those of
-`benchmarks.bench_ttft`: one stores and loads, a second one, started when that is gone, loads.
+`benchmarks.bench_ttft`: one stores and loads, a second one, started when that is gone, loads. One test at a time: a
+starting vLLM fails when the GPU's free memory changes meanwhile.
 """
 
 from __future__ import annotations

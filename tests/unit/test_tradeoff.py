@@ -9,13 +9,13 @@ import pytest
 from vllm_kvpool.connector.tradeoff import MIN_OBSERVATIONS, TRUST_S, Line, Tradeoff
 
 
-def taught(load_s: float, compute_s: float, tokens: tuple[int, ...] = (1_000,)) -> Tradeoff:
+def taught(load_s: float, compute_s: float) -> Tradeoff:
     """Seconds for 1,000 tokens; the last load ended at 100 s."""
     tradeoff = Tradeoff()
     for i in range(MIN_OBSERVATIONS):
-        count = tokens[i % len(tokens)]
-        tradeoff.loaded(count, load_s * count / 1_000, 100.0)
-        tradeoff.computed(count, compute_s * count / 1_000)
+        ended_s = 93.0 + i
+        tradeoff.loaded(1_000, ended_s - load_s, ended_s)
+        tradeoff.computed(1_000, compute_s)
     return tradeoff
 
 
@@ -62,10 +62,10 @@ def test_the_faster_one_is_chosen() -> None:
 def test_the_crossover_lies_where_the_lines_meet() -> None:
     """Loads of 4 ms and 5 us a token, computation of 25 us a token: 200 tokens."""
     tradeoff = Tradeoff()
-    for tokens in (500, 1_000, 2_000, 4_000) * 3:
-        tradeoff.loaded(tokens, 0.004 + 5e-6 * tokens, 1.0)
+    for begun_s, tokens in enumerate((500, 1_000, 2_000, 4_000) * 3):
+        tradeoff.loaded(tokens, begun_s, begun_s + 0.004 + 5e-6 * tokens)
         tradeoff.computed(tokens, 25e-6 * tokens)
-    answers = [tradeoff.predict(tokens, 1.0) for tokens in (190, 210)]
+    answers = [tradeoff.predict(tokens, 12.0) for tokens in (190, 210)]
     assert [answer is not None and answer.load_is_faster for answer in answers] == [False, True]
 
 
@@ -80,11 +80,21 @@ def test_short_prompts_do_not_make_long_ones_look_cheap() -> None:
     assert answer.compute_s > 0.2
 
 
+def test_loads_that_wait_for_each_other_are_not_slow() -> None:
+    """Sixteen at once, 10 ms each: the last one is there after 160 ms, and the link is as fast as ever."""
+    tradeoff = taught(load_s=0.01, compute_s=0.1)
+    for i in range(16):
+        tradeoff.loaded(1_000, 101.0, 101.0 + 0.01 * (i + 1))
+    answer = tradeoff.predict(1_000, 101.2)
+    assert answer is not None
+    assert answer.load_s == pytest.approx(0.01)
+
+
 def test_nothing_is_said_before_both_are_known() -> None:
     tradeoff = Tradeoff()
     for _ in range(MIN_OBSERVATIONS):
         assert tradeoff.predict(1_000, 0.0) is None
-        tradeoff.loaded(1_000, 9.0, 0.0)
+        tradeoff.loaded(1_000, -9.0, 0.0)
     for _ in range(MIN_OBSERVATIONS):
         assert tradeoff.predict(1_000, 0.0) is None
         tradeoff.computed(1_000, 0.1)

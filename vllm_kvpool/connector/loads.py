@@ -206,9 +206,8 @@ class LoadPlanner:
     def _finish(self, load: _Load, statuses: bytes) -> None:
         if load.refs:
             self._client.release(load.refs)
-            now_s = time.monotonic()
             num_tokens = num_refs(load.refs) * self._link.block_tokens
-            self._tradeoff.loaded(num_tokens, now_s - load.begun_s, now_s)
+            self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
         load.record.loading = False
         if not load.num_unleased and not any(statuses):
             return

@@ -1,8 +1,9 @@
 """Load or compute again, whichever is predicted to be faster.
 
-Both are learnt from what requests of this engine went through, so that queues, other requests in the batch and the
-speed of the link are in it: the time from the start of a load until its blocks can be used, and the time from the first
-step of a prompt's computation to its first token. A load is a straight line over the number of tokens, fitted to the
+Both are learnt from what requests of this engine went through: the time of a load until its blocks can be used, and the
+time from the first step of a prompt's computation to its first token, with all that is computed beside it. A load does
+not count its wait for other loads: many of them at once would look slow one by one, while the link still carries all of
+them sooner than the GPU computes them. A load is a straight line over the number of tokens, fitted to the
 last ones; computation is so much a token, as in the longest of the last prompts (short ones take what a step takes at
 least, and that has to be spent on the rest of a loaded prompt too). Until both are known, and again when no load was
 seen for a while, the answer is to load.
@@ -79,10 +80,11 @@ class Tradeoff:
     def __init__(self) -> None:
         self._loads = Line()
         self._computations = Line()
-        self._last_load_s = 0.0
+        self._last_load_s = float("-inf")
 
-    def loaded(self, tokens: int, seconds: float, now_s: float) -> None:
-        self._loads.add(tokens, seconds)
+    def loaded(self, tokens: int, begun_s: float, now_s: float) -> None:
+        """One load has ended; they end in the order in which they begin."""
+        self._loads.add(tokens, now_s - max(begun_s, self._last_load_s))
         self._last_load_s = now_s
 
     def computed(self, tokens: int, seconds: float) -> None:
