@@ -251,7 +251,7 @@ def test_metrics_and_hints_over_http(engines: Engines) -> None:
     assert metric(engines.a, "kvpool_load_bytes") > loaded
     assert metric(engines.a, "kvpool_load_seconds_count") > 0
     assert metric(engines.a, "external_prefix_cache_hits") > 0
-    assert "unknown field `loat`" in engines.a.log.read_text()
+    assert "'loat' = False: unknown hint" in engines.a.log.read_text()
 
 
 def test_trap_4_8_and_9_more_requests_than_memory_some_of_them_aborted(engines: Engines) -> None:
@@ -274,17 +274,21 @@ def test_trap_4_8_and_9_more_requests_than_memory_some_of_them_aborted(engines: 
 
 
 def test_trap_4_preempted_while_blocks_are_stored(engines: Engines) -> None:
-    """B has 64 blocks: 20 requests come in with two each, and all grow to four."""
-    prompts = [prompt_of(seed, 2 * BLOCK - 20) for seed in range(40, 60)]
+    """B has 64 blocks: 24 requests come in with two each, and all grow to four. Where the machine has much else to do,
+    they may not meet: then others are sent."""
 
-    def answers(engine: Engine) -> list[list[int]]:
+    def answers(engine: Engine, prompts: list[list[int]]) -> list[list[int]]:
         with ThreadPoolExecutor(len(prompts)) as pool:
             done = pool.map(lambda prompt: complete(engine, prompt, max_tokens=2 * BLOCK), prompts)
             return [completion.tokens for completion in done]
 
     preemptions = metric(engines.b, "num_preemptions")
-    assert answers(engines.b) == answers(engines.reference)
-    assert metric(engines.b, "num_preemptions") > preemptions
+    for attempt in range(3):
+        prompts = [prompt_of(100 * attempt + seed, 2 * BLOCK - 20) for seed in range(40, 64)]
+        assert answers(engines.b, prompts) == answers(engines.reference, prompts)
+        if metric(engines.b, "num_preemptions") > preemptions:
+            return
+    pytest.fail("nothing was preempted")
 
 
 def ask(engine: Engine, prompt: list[int], max_tokens: int, hang_up: bool) -> list[int] | None:
@@ -338,7 +342,7 @@ def test_trap_27_reset_of_the_external_cache_misses_until_stored_again(engines: 
     before = counters(engines)["ready"]
     reset(engines.b, external=True)
     assert complete(engines.b, prompt).cached_tokens == 0
-    until(lambda: counters(engines)["ready"] >= before + 20)
+    until(lambda: counters(engines)["ready"] >= before + 20, f"{counters(engines)}")
     reset(engines.b)
     assert complete(engines.b, prompt).cached_tokens == 20 * BLOCK
     assert complete(engines.a, prompt).cached_tokens == 20 * BLOCK
