@@ -35,7 +35,11 @@ ONLY_IN = {
     "aiohttp": ("router",),
     "zmq": ("channel", "pool.daemon", "router"),
 }
-PURE = ("types", "protocol", "ledger", "pool.sessions")
+PURE = (
+    "types", "protocol", "ledger", "pool.sessions",
+    "router.types", "router.keys", "router.fleet", "router.policy", "router.rendezvous",
+    "router.bounds", "router.bindings", "router.round_robin", "router.least_load", "router.session",
+)  # fmt: skip
 IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "zmq", "_native", "clock"}
 
 MODULES = sorted(ROOT.rglob("*.py"))

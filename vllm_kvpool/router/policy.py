@@ -1,0 +1,74 @@
+"""The contract of a policy: which replica takes a request.
+
+The proxy calls, for each request and in this order:
+
+    decision = policy.decide(request, fleet, now)          changes nothing; None: nobody may take it
+    policy.dispatched(request, replica_id, now)            for each replica that it is really sent to
+    policy.finished(request, replica_id, cached_tokens, now)   its answer is complete
+
+and `policy.forget(replica_id)` when a replica has restarted or is gone. `now` is in seconds of any
+clock that never goes back. A policy does no I/O, reads no clock, and draws nothing at random: two
+policies that were told the same decide the same, and the hash layers decide the same without having
+been told anything.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from vllm_kvpool.router.fleet import Fleet, Member
+from vllm_kvpool.router.types import Decision, Hits, Replica, ReplicaState, RouteRequest
+
+REASONS = {
+    "turn": "the next in turn",
+    "load": "the least loaded",
+    "session": "the session's own replica",
+    "overflow": "the session's own replica has more than its part of the load: the next in its order",
+}
+"""What `Decision.reason` may be."""
+
+MAX_FALLBACKS = 8
+OUTPUT_TOKENS = 256
+"""What an answer is taken for. Clients set `max_tokens` far above what they get."""
+NO_HITS = Hits()
+
+
+class Policy(ABC):
+    name: str
+    needs_tokens = False
+    """Whether `RouteRequest.tokens` is worth a call to an engine's `/tokenize`."""
+
+    def __init__(self, seed: int = 0) -> None:  # noqa: B027
+        """Policies with different seeds choose differently; all routers of a fleet share one."""
+
+    @abstractmethod
+    def decide(self, request: RouteRequest, fleet: Fleet, now: float) -> Decision | None: ...
+
+    def dispatched(self, request: RouteRequest, replica_id: str, now: float) -> None:  # noqa: B027
+        """The request was sent there."""
+
+    def finished(  # noqa: B027
+        self, request: RouteRequest, replica_id: str, cached_tokens: int | None, now: float
+    ) -> None:
+        """Its answer is complete; `cached_tokens` as the engine reports them, None where it does not."""
+
+    def forget(self, replica_id: str) -> None:  # noqa: B027
+        """Its cache is lost."""
+
+    def check_integrity(self) -> None:  # noqa: B027
+        """Assert what the policy states about its own state."""
+
+
+def accepting(fleet: Fleet) -> list[Member]:
+    return [member for member in fleet if member.state is ReplicaState.ACCEPTING]
+
+
+def weight(request: RouteRequest) -> int:
+    """Tokens that a request weighs before anything is known of hits."""
+    return request.prompt_tokens + OUTPUT_TOKENS
+
+
+def fallbacks(order: Iterable[Member], chosen: Member) -> tuple[Replica, ...]:
+    others = [member.replica for member in order if member is not chosen]
+    return tuple(others[:MAX_FALLBACKS])
