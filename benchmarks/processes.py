@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -208,6 +209,38 @@ class Engine(ChildProcess):
     def metrics(self) -> str:
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
             return str(response.read().decode())
+
+
+class Router(ChildProcess):
+    """`vllm-kvpool route` on free ports; `start` returns when it says that it is ready."""
+
+    def __init__(self, log: Path, *arguments: str, prefix: tuple[str, ...] = ()) -> None:
+        """`prefix`: put before the command, as in `("taskset", "-c", "0")`."""
+        self.admin = f"127.0.0.1:{free_port()}"
+        command = [*prefix, sys.executable, "-m", "vllm_kvpool", "route"]
+        command += ["--listen", "127.0.0.1:0", "--admin", self.admin, *arguments]
+        super().__init__(command, log)
+        self.port = 0
+
+    def start(self) -> Self:
+        give_up = time.monotonic() + READY_TIMEOUT_S
+        told = self.log.stat().st_size if self.log.exists() else 0
+        super().start()
+        while not (found := re.search(rb"router ready: \S+:(\d+),", self.log.read_bytes()[told:])):
+            if not self.running or time.monotonic() > give_up:
+                raise self.fail("the router did not get ready")
+            time.sleep(0.005)
+        self.port = int(found[1])
+        return self
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def workers(self) -> list[int]:
+        """Their process ids."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
 
 
 def kv_transfer_config(

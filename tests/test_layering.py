@@ -33,6 +33,8 @@ ONLY_IN = {
     "torch": ("connector",),
     "numpy": ("connector",),
     "aiohttp": ("router",),
+    "httptools": ("router",),
+    "uvloop": ("router",),
     "zmq": ("channel", "pool.daemon", "router"),
 }
 PURE = (
@@ -116,7 +118,7 @@ def test_pure_modules_do_no_io_and_read_no_clock(module: str) -> None:
 def test_daemon_and_client_load_neither_vllm_nor_torch() -> None:
     code = (
         "import sys, vllm_kvpool.cli, vllm_kvpool.client, vllm_kvpool.launch;"
-        "print(sorted({'vllm', 'torch', 'numpy', 'aiohttp'} & set(sys.modules)))"
+        "print(sorted({'vllm', 'torch', 'numpy', 'aiohttp', 'httptools', 'uvloop'} & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,6 +1,7 @@
 """`vllm-kvpool`: reads options, calls what does the work, prints what it returns.
 
-Exit status: 0 done, 1 the pool or its daemon would not, 2 the command line or a file is wrong.
+Exit status: 0 done, 1 the pool, its daemon or the router would not, 2 the command line or a file is
+wrong.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvpool import __version__
-from vllm_kvpool.config import DEFAULT_POOL, SHM_DIR, PoolConfig
-from vllm_kvpool.errors import ConfigError, KVPoolError
+from vllm_kvpool.config import DEFAULT_POOL, SHM_DIR, PoolConfig, RouterConfig
+from vllm_kvpool.errors import ConfigError, KVPoolError, RouterUnavailable
 from vllm_kvpool.pool import admin, doctor
 from vllm_kvpool.pool.serve import serve
+from vllm_kvpool.router.fleet_commands import FleetCommands, replicas_text
 
 SERVE_HELP = {
     "name": "the pool's name",
@@ -29,6 +31,29 @@ SERVE_HELP = {
     "min_block": "the smallest block to be expected; the index is sized for it",
     "group_access": "let the group of this user share the pool",
     "remove": "delete the pool at a clean end",
+}
+ROUTE_HELP = {
+    "replicas": "http://host:port, with @0 behind it for a data-parallel rank and name= before it "
+    "for a name; or dns://host:port for all addresses of a name",
+    "fleet": "TOML file with further replicas, read again when it changes",
+    "policy": "how a replica is chosen",
+    "listen": "where clients connect",
+    "admin": "where `vllm-kvpool fleet` does; empty: nowhere",
+    "workers": "processes that share the port",
+    "max_body": "larger request bodies are refused",
+    "client_timeout_s": "for a client that sends or takes nothing",
+    "connect_timeout_s": "for a replica to accept a connection or answer a probe",
+    "response_timeout_s": "for a replica that sends nothing",
+    "retry_share": "retries are at most this share of all requests",
+    "probe_interval_s": "between two looks at a replica",
+    "warmup_s": "until a replica that comes gets its full share",
+    "drain_s": "for which a replica that drains keeps its sessions",
+}
+FLEET_COMMANDS = {
+    "ls": ("the replicas and how they are", None),
+    "add": ("add a replica, or take a drain back", "address"),
+    "drain": ("give a replica no new sessions", "replica"),
+    "rm": ("take a replica out at once", "replica"),
 }
 
 
@@ -59,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("serve", help="run a pool's daemon")
     _add_serve_options(command)
     command.set_defaults(run=_serve)
+
+    command = commands.add_parser("route", help="run the router")
+    _add_route_options(command)
+    command.set_defaults(run=_route)
+
+    command = commands.add_parser("fleet", help="the replicas of a running router")
+    _add_fleet_commands(command)
+    command.set_defaults(run=_fleet)
 
     command = commands.add_parser("stats", help="counters of a running pool")
     _add_common(command, json_too=True)
@@ -109,6 +142,63 @@ def _serve(options: argparse.Namespace) -> int:
     given = {field: getattr(options, field) for field in PoolConfig.__struct_fields__}
     values |= {field: value for field, value in given.items() if value is not None}
     serve(PoolConfig.from_dict(values, "command line"))
+    return 0
+
+
+def _add_route_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", type=Path, help="TOML file with the same names; options here win over it"
+    )
+    command.add_argument("replicas", nargs="*", metavar="REPLICA", help=ROUTE_HELP["replicas"])
+    defaults = RouterConfig()
+    for field in RouterConfig.__struct_fields__[1:]:
+        default = getattr(defaults, field)
+        shown = "" if default == "" else f" (default: {default})"
+        flag = "--" + field.replace("_", "-")
+        command.add_argument(flag, type=type(default), default=None, help=ROUTE_HELP[field] + shown)
+
+
+def _route(options: argparse.Namespace) -> int:
+    values = {} if options.config is None else _read_config(options.config)
+    RouterConfig.from_dict(values, str(options.config))
+    given = {field: getattr(options, field) for field in RouterConfig.__struct_fields__}
+    values |= {field: value for field, value in given.items() if value not in (None, [])}
+    config = RouterConfig.from_dict(values, "command line")
+    try:
+        from vllm_kvpool.router.supervisor import run_router
+    except ModuleNotFoundError as error:
+        fix = "pip install 'vllm-kvpool[router]'"
+        raise RouterUnavailable(f"the router needs {error.name}: {fix}") from None
+    run_router(config)
+    return 0
+
+
+def _add_fleet_commands(command: argparse.ArgumentParser) -> None:
+    admin = RouterConfig().admin
+    verbs = command.add_subparsers(required=True, dest="verb", metavar="COMMAND")
+    for verb, (text, argument) in FLEET_COMMANDS.items():
+        parser = verbs.add_parser(verb, help=text, description=text)
+        if argument is not None:
+            parser.add_argument("argument", metavar=argument.upper())
+        parser.add_argument("--admin", default=admin, help=f"the router's (default: {admin})")
+        if verb == "ls":
+            parser.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _fleet(options: argparse.Namespace) -> int:
+    fleet = FleetCommands(options.admin)
+    match options.verb:
+        case "ls":
+            replicas = fleet.replicas()
+            print(json.dumps(replicas, indent=2) if options.json else replicas_text(replicas))
+        case "add":
+            print(f"{fleet.add(options.argument)} takes requests once it is well")
+        case "drain":
+            fleet.drain(options.argument)
+            print(f"{options.argument} takes no new sessions")
+        case "rm":
+            fleet.remove(options.argument)
+            print(f"{options.argument} is out")
     return 0
 
 

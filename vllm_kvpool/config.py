@@ -2,8 +2,8 @@
 naming the fix.
 
 `PoolConfig` is what `vllm-kvpool serve` takes (options and TOML keys have these names, with dashes
-or underscores); `ConnectorConfig` is vLLM's `kv_connector_extra_config`. `docs/configuration.md`
-lists every field.
+or underscores); `RouterConfig` is the same for `vllm-kvpool route`; `ConnectorConfig` is vLLM's
+`kv_connector_extra_config`. `docs/configuration.md` lists every field.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ AUTO = "auto"
 """What engines write for the pool `DEFAULT_POOL` with a daemon that they start: no pool's name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|%)?")
+_LISTEN = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})")
 _UNIT_BYTES = {
     None: 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -170,6 +171,65 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     @property
     def pool_name(self) -> str:
         return DEFAULT_POOL if self.pool == AUTO else self.pool
+
+
+class RouterConfig(_Config, frozen=True, kw_only=True):
+    """One router."""
+
+    replicas: tuple[str, ...] = ()
+    """`[name=]http://host:port[@rank]`, or `dns://host:port` for all addresses of a name."""
+    fleet: str = ""
+    """TOML file with further `replicas`, read again when it changes."""
+    policy: str = "session"
+    """How a replica is chosen: `docs/routing.md`."""
+    listen: str = "127.0.0.1:8080"
+    """Where clients connect."""
+    admin: str = "127.0.0.1:8081"
+    """Where `vllm-kvpool fleet` does; empty: nowhere. Whoever reaches it may change the fleet."""
+    workers: int = 1
+    """Processes that share `listen`."""
+    max_body: str = "32MiB"
+    """Larger request bodies are refused (413)."""
+    client_timeout_s: float = 75.0
+    """A client that takes so long over a head, sends or takes nothing for so long, is left."""
+    connect_timeout_s: float = 2.0
+    """A replica that takes longer to accept a connection, or to answer a probe, is not well."""
+    response_timeout_s: float = 600.0
+    """A replica that sends nothing for so long is given up (504)."""
+    retry_share: float = 0.2
+    """Retries are at most this share of all requests; 0: none."""
+    probe_interval_s: float = 2.0
+    """Between two looks at a replica's /health and /metrics, at the fleet file and at DNS."""
+    warmup_s: float = 30.0
+    """A replica that comes, or comes back, gets its full share after so long."""
+    drain_s: float = 300.0
+    """A replica that drains keeps its sessions for so long; also how long a router that ends waits."""
+
+    def __post_init__(self) -> None:
+        if parse_size("max_body", self.max_body, 0) <= 0:
+            raise ConfigError("max_body", self.max_body, 'give a size like "32MiB"')
+        parse_listen("listen", self.listen)
+        if self.admin:
+            parse_listen("admin", self.admin)
+        if self.workers < 1:
+            raise ConfigError("workers", self.workers, "give 1 or more processes")
+        for field in ("retry_share", "warmup_s", "drain_s"):
+            if not 0 <= getattr(self, field) < float("inf"):
+                raise ConfigError(field, getattr(self, field), "give 0 or more")
+        for field in _TIMES:
+            if not 0 < getattr(self, field) < float("inf"):
+                raise ConfigError(field, getattr(self, field), "give a time above 0")
+
+
+_TIMES = ("client_timeout_s", "connect_timeout_s", "response_timeout_s", "probe_interval_s")
+
+
+def parse_listen(field: str, text: str) -> tuple[str, int]:
+    """Host and port of `"127.0.0.1:8080"` or `"[::]:8080"`; port 0 takes a free one."""
+    match = _LISTEN.fullmatch(text)
+    if match is None or int(match[2]) > 65_535:
+        raise ConfigError(field, text, 'give a host and a port, as in "127.0.0.1:8080"')
+    return match[1].strip("[]"), int(match[2])
 
 
 def pool_dir(name: str, shm_dir: str = SHM_DIR) -> Path:

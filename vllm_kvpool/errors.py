@@ -4,7 +4,9 @@ KVPoolError
 |-- ConfigError            a field's value is wrong: names the field, the value and the fix
 |-- PoolUnavailable        no daemon, or no pool file, under that name
 |   `-- PoolTimeout        the daemon did not answer before the deadline
-`-- ProtocolError          the daemon refused the request: `.code` says why
+|-- ProtocolError          the daemon refused the request: `.code` says why
+|-- RouterUnavailable      no router answers there
+`-- RouterRefused          the router would not; the message says why
 """
 
 from __future__ import annotations
@@ -38,3 +40,11 @@ class ProtocolError(KVPoolError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
+
+
+class RouterUnavailable(KVPoolError):  # noqa: N818
+    """No router answers there."""
+
+
+class RouterRefused(KVPoolError):  # noqa: N818
+    """The router would not do it; the message says why."""

@@ -1,0 +1,132 @@
+"""The router's metrics: counted in each worker, added up and written by the parent.
+
+Prometheus' text format 0.0.4. All values of workers are sums (counters, histograms, requests in
+flight), so adding them up over workers is right for each.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import NamedTuple
+
+PREFIX = "kvpool_router_"
+SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    120.0,
+)
+
+Sample = tuple[str, tuple[str, ...], float]
+"""Name, the values of its labels, value. Histograms are three names: `_bucket`, `_sum`, `_count`."""
+
+
+class Metric(NamedTuple):
+    kind: str
+    labels: tuple[str, ...]
+    text: str
+
+
+METRICS = {
+    "requests_total": Metric("counter", ("replica", "status"), "Answers passed on to clients."),
+    "decisions_total": Metric("counter", ("reason",), "Decisions of the policy."),
+    "rejected_total": Metric("counter", ("status",), "Requests answered by the router itself."),
+    "retries_total": Metric("counter", ("replica", "cause"), "Requests taken on from a replica."),
+    "retries_refused_total": Metric("counter", (), "Retries that the budget did not allow."),
+    "lost_answers_total": Metric("counter", ("replica",), "Answers that broke off on the way."),
+    "disconnects_total": Metric("counter", (), "Clients that left before their answer's end."),
+    "first_byte_seconds": Metric("histogram", ("replica",), "From the whole request to the answer's head."),
+    "in_flight_requests": Metric("gauge", ("replica",), "Requests at the replica now."),
+    "in_flight_tokens": Metric("gauge", ("replica",), "What they weigh, as the policy counts it."),
+    "client_connections": Metric("gauge", (), "Open connections of clients."),
+    "replica_state": Metric("gauge", ("replica", "state"), "1 for the state that the replica is in."),
+    "replica_share": Metric("gauge", ("replica",), "Below 1 while the replica warms up."),
+    "replica_ejections_total": Metric("counter", ("replica",), "Times the replica was taken out."),
+    "replica_waiting_requests": Metric("gauge", ("replica",), "Queued in the engine, as it says."),
+    "replica_cache_usage": Metric("gauge", ("replica",), "Share of its KV memory in use, as it says."),
+    "worker_restarts_total": Metric("counter", (), "Workers that ended by themselves."),
+}  # fmt: skip
+
+
+class Metrics:
+    """The counters of one process."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, tuple[str, ...]], float] = {}
+
+    def count(self, name: str, *labels: str, by: float = 1) -> None:
+        key = (name, labels)
+        self._counts[key] = self._counts.get(key, 0) + by
+
+    def observe(self, name: str, seconds: float, *labels: str) -> None:
+        place = bisect_left(SECONDS, seconds)
+        bound = f"{SECONDS[place]:g}" if place < len(SECONDS) else "+Inf"
+        self.count(name + "_bucket", *labels, bound)
+        self.count(name + "_sum", *labels, by=seconds)
+        self.count(name + "_count", *labels)
+
+    def samples(self) -> list[Sample]:
+        """Buckets are not added up yet: `metrics_text` does."""
+        return [(name, labels, value) for (name, labels), value in self._counts.items()]
+
+
+def metrics_text(samples: Iterable[Sample]) -> str:
+    """Samples of equal name and labels are added up."""
+    by_name: dict[str, dict[tuple[str, ...], float]] = {}
+    for name, labels, value in samples:
+        series = by_name.setdefault(name, {})
+        series[tuple(labels)] = series.get(tuple(labels), 0) + value
+    lines: list[str] = []
+    for name, metric in METRICS.items():
+        lines += [f"# HELP {PREFIX}{name} {metric.text}", f"# TYPE {PREFIX}{name} {metric.kind}"]
+        if metric.kind == "histogram":
+            lines += _histogram(name, metric.labels, by_name)
+        else:
+            lines += _series(name, metric.labels, by_name.get(name, {}))
+    return "\n".join(lines) + "\n"
+
+
+def _series(
+    name: str, labels: tuple[str, ...], series: dict[tuple[str, ...], float]
+) -> Iterable[str]:
+    for values, value in sorted(series.items()):
+        pairs = ",".join(
+            f'{key}="{_escaped(text)}"' for key, text in zip(labels, values, strict=True)
+        )
+        yield f"{PREFIX}{name}{{{pairs}}} {value:.10g}" if pairs else f"{PREFIX}{name} {value:.10g}"
+
+
+def _histogram(
+    name: str, labels: tuple[str, ...], by_name: dict[str, dict[tuple[str, ...], float]]
+) -> list[str]:
+    counts = by_name.get(name + "_bucket", {})
+    buckets: dict[tuple[str, ...], float] = {}
+    for values in sorted({key[:-1] for key in counts}):
+        total = 0.0
+        for bound in [*(f"{second:g}" for second in SECONDS), "+Inf"]:
+            total += counts.get((*values, bound), 0)
+            buckets[*values, bound] = total
+    lines = [
+        line
+        for values, value in buckets.items()
+        for line in _series(name + "_bucket", (*labels, "le"), {values: value})
+    ]
+    for part in ("_sum", "_count"):
+        lines += _series(name + part, labels, by_name.get(name + part, {}))
+    return lines
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

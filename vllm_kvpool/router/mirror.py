@@ -1,0 +1,56 @@
+"""Brings a worker's `Fleet` up to what the parent says, and tells the policy whose cache is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vllm_kvpool.router.fleet import Fleet
+from vllm_kvpool.router.policy import Policy
+from vllm_kvpool.router.roster import ReplicaStatus
+from vllm_kvpool.router.types import ReplicaState
+
+
+class Mirror:
+    """`suspects`: out, because this worker could not reach them, until the parent has looked."""
+
+    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+        self._fleet = fleet
+        self._policy = policy
+        self._restarts: dict[str, int] = {}
+        self._suspects: dict[str, float] = {}
+
+    def suspect(self, replica_id: str, until: float) -> None:
+        """Nothing more is sent there before `until`, unless the parent says otherwise after it."""
+        if replica_id in self._fleet:
+            self._suspects[replica_id] = until
+            self._fleet.set_state(replica_id, ReplicaState.OUT)
+
+    def apply(self, statuses: Iterable[ReplicaStatus], now: float) -> None:
+        wanted = {status.replica.id: status for status in statuses}
+        for member in list(self._fleet):
+            status = wanted.get(member.replica.id)
+            if status is None or status.replica != member.replica:
+                self._remove(member.replica.id)
+        for status in wanted.values():
+            self._apply_one(status, now)
+
+    def _apply_one(self, status: ReplicaStatus, now: float) -> None:
+        name = status.replica.id
+        member = self._fleet.get(name)
+        if member is None:
+            member = self._fleet.add(status.replica)
+            self._restarts[name] = status.restarts
+        if self._restarts[name] != status.restarts:
+            self._restarts[name] = status.restarts
+            self._policy.forget(name)
+        suspected = now < self._suspects.get(name, 0.0)
+        self._fleet.set_state(name, ReplicaState.OUT if suspected else status.state)
+        self._fleet.set_share(name, status.share)
+        member.waiting = status.gauges.waiting
+        member.cache_usage = status.gauges.cache_usage
+
+    def _remove(self, replica_id: str) -> None:
+        self._fleet.remove(replica_id)
+        self._policy.forget(replica_id)
+        self._restarts.pop(replica_id, None)
+        self._suspects.pop(replica_id, None)

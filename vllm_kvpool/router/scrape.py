@@ -1,0 +1,30 @@
+"""An engine's own metrics, as far as the router uses them (vLLM 0.24 to 0.33 name them so)."""
+
+from __future__ import annotations
+
+import re
+
+from vllm_kvpool.router.roster import Gauges
+
+_SAMPLE = re.compile(
+    r"^(vllm:num_requests_waiting|vllm:kv_cache_usage_perc|process_start_time_seconds)"
+    r"(?:\{([^}]*)\})? (\S+)",
+    re.MULTILINE,
+)
+
+
+def parse_gauges(text: str, rank: int | None) -> Gauges:
+    """Of one data-parallel rank; without a rank, of all together: the sum of what waits, the fullest
+    cache."""
+    values: dict[str, list[float]] = {}
+    for name, labels, value in _SAMPLE.findall(text):
+        if rank is None or "engine=" not in labels or f'engine="{rank}"' in labels:
+            values.setdefault(name, []).append(float(value))
+    waiting = values.get("vllm:num_requests_waiting")
+    usage = values.get("vllm:kv_cache_usage_perc")
+    started = values.get("process_start_time_seconds")
+    return Gauges(
+        sum(waiting) if waiting else None,
+        max(usage) if usage else None,
+        started[0] if started else None,
+    )

@@ -1,0 +1,143 @@
+"""One worker process: `python -m vllm_kvpool.router.worker FD`, started by the parent.
+
+FD is its end of the control channel. When that closes, the parent is gone, and so is the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import signal
+import socket
+import sys
+import time
+
+import uvloop
+
+from vllm_kvpool.config import RouterConfig, parse_listen, parse_size
+from vllm_kvpool.router import control
+from vllm_kvpool.router.connections import Connections
+from vllm_kvpool.router.context import Context
+from vllm_kvpool.router.downstream import ClientConnection
+from vllm_kvpool.router.fleet import Fleet
+from vllm_kvpool.router.metrics import Metrics, Sample
+from vllm_kvpool.router.mirror import Mirror
+from vllm_kvpool.router.policies import make_policy
+from vllm_kvpool.router.proxy import Proxy
+from vllm_kvpool.router.retries import RetryBudget
+
+LOOK_S = 0.25
+"""Between two looks for what waits too long."""
+SUSPECT_S = 1.0
+"""A replica that this worker could not reach is left alone until the parent knows."""
+BACKLOG = 1_024
+
+
+class Worker:
+    def __init__(self, channel: control.Channel, start: control.Configure) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._channel = channel
+        self._config: RouterConfig = start.config
+        self._clients: set[ClientConnection] = set()
+        self._asked: dict[int, asyncio.Future[str]] = {}
+        self._numbers = itertools.count()
+        config = start.config
+        fleet = Fleet()
+        policy = make_policy(config.policy)
+        self._mirror = Mirror(fleet, policy)
+        self._mirror.apply(start.statuses, self._loop.time())
+        self._connections = Connections(self._loop, config.connect_timeout_s)
+        budget = RetryBudget(config.retry_share)
+        self._context = Context(
+            fleet, policy, self._connections, budget, Metrics(), self._report, time.monotonic
+        )
+        self._proxy = Proxy(self._context, self._ask_metrics)
+
+    async def run(self, port: int) -> None:
+        """Until the parent says stop, or is gone."""
+        host, _ = parse_listen("listen", self._config.listen)
+        server = await self._loop.create_server(
+            self._connection, host, port, reuse_port=True, backlog=BACKLOG
+        )
+        looking = self._loop.create_task(self._look())
+        self._channel.send(control.Ready())
+        async for message in self._channel:
+            if isinstance(message, control.Stop):
+                server.close()
+                await self._finish()
+                break
+            self._obey(message)
+        looking.cancel()
+
+    def _connection(self) -> ClientConnection:
+        limit = parse_size("max_body", self._config.max_body, 0)
+        return ClientConnection(self._proxy.handle, self._clients, limit, self._loop)
+
+    def _obey(self, message: control.Message) -> None:
+        match message:
+            case control.Statuses(statuses):
+                self._mirror.apply(statuses, self._loop.time())
+            case control.Collect(number):
+                self._channel.send(control.Samples(number, self._samples()))
+            case control.MetricsText(number, text):
+                if (future := self._asked.pop(number, None)) and not future.done():
+                    future.set_result(text)
+
+    def _samples(self) -> list[Sample]:
+        samples = self._context.metrics.samples()
+        samples.append(("client_connections", (), len(self._clients)))
+        for member in self._context.fleet:
+            name = (member.replica.id,)
+            samples.append(("in_flight_requests", name, member.requests))
+            samples.append(("in_flight_tokens", name, member.tokens))
+        return samples
+
+    async def _ask_metrics(self) -> str:
+        number = next(self._numbers)
+        self._asked[number] = self._loop.create_future()
+        self._channel.send(control.AskMetrics(number))
+        return await self._asked[number]
+
+    def _report(self, replica_id: str, error: str) -> None:
+        self._mirror.suspect(replica_id, self._loop.time() + SUSPECT_S)
+        self._channel.send(control.Failed(replica_id, error))
+
+    async def _look(self) -> None:
+        config = self._config
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = self._loop.time()
+            for client in list(self._clients):
+                client.check_time(now, config.client_timeout_s)
+            self._connections.check_time(now, config.response_timeout_s)
+
+    async def _finish(self) -> None:
+        """Answers that are under way get `drain_s` to end."""
+        for client in list(self._clients):
+            client.leave()
+        give_up = self._loop.time() + self._config.drain_s
+        while self._clients and self._loop.time() < give_up:
+            await asyncio.sleep(0.05)
+
+
+async def _main(fd: int) -> None:
+    channel = await control.Channel.over(socket.socket(fileno=fd))
+    async for message in channel:
+        assert isinstance(message, control.Configure)
+        await Worker(channel, message).run(message.port)
+        break
+
+
+def main() -> None:
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s vllm-kvpool: %(message)s"
+    )
+    # A terminal's ^C goes to all processes: the parent says when to stop.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    uvloop.run(_main(int(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
