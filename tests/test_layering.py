@@ -41,6 +41,8 @@ PURE = (
     "types", "protocol", "ledger", "pool.sessions",
     "router.types", "router.keys", "router.fleet", "router.policy", "router.rendezvous",
     "router.bounds", "router.bindings", "router.round_robin", "router.least_load", "router.session",
+    "router.prefix_index", "router.tree", "router.groups", "router.affinity", "router.cache_aware",
+    "router.task",
 )  # fmt: skip
 IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "zmq", "_native", "clock"}
 

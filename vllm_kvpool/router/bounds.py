@@ -1,14 +1,15 @@
 """Bounded load (Mirrokni, Thorup and Zadimoghaddam, 2016): nobody carries much more than the mean.
 
-A member may take a request while its load, with the request, stays within FACTOR times its part of
-the fleet's load plus a margin. The margin keeps an idle fleet from moving sessions for nothing.
+A member may take one more request while what it has in flight is within FACTOR times its part of the
+fleet's load plus a margin. The margin keeps an idle fleet from moving sessions for nothing. A member
+that holds some of the prompt may exceed this by as much: so many tokens another would compute again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_kvpool.router.fleet import Member
+from vllm_kvpool.router.fleet import Fleet, Member
 
 FACTOR = 1.25
 MARGIN_TOKENS = 8_192
@@ -16,19 +17,14 @@ MARGIN_TOKENS = 8_192
 
 
 class Bound:
-    """The limit of each of `members` for one request of `tokens`."""
+    """For one decision."""
 
-    def __init__(self, members: Sequence[Member], tokens: int) -> None:
-        shares = loads = 0.0
-        for member in members:
-            shares += member.share
-            loads += member.tokens
-        self._tokens = tokens
-        self._mean = (loads + tokens) / shares if shares else 0.0
+    def __init__(self, fleet: Fleet) -> None:
+        self._mean = fleet.total_tokens / max(fleet.accepting_share, 1e-9)
 
-    def allows(self, member: Member) -> bool:
-        limit = FACTOR * self._mean * member.share + MARGIN_TOKENS
-        return member.tokens + self._tokens <= max(limit, self._tokens)
+    def allows(self, member: Member, hit_tokens: int = 0) -> bool:
+        limit = FACTOR * self._mean * member.share + MARGIN_TOKENS + hit_tokens
+        return member.tokens <= limit
 
 
 def lightest(members: Sequence[Member]) -> Member:

@@ -21,7 +21,7 @@ from vllm_kvpool.router.types import Replica, ReplicaState
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One replica in the fleet. Written by `Fleet` and, the gauges, by the proxy."""
+    """One replica in the fleet. Only `Fleet` writes it, but for the gauges, which the proxy does."""
 
     replica: Replica
     state: ReplicaState = ReplicaState.ACCEPTING
@@ -51,6 +51,8 @@ class Fleet:
         """Grows when members come or go: what is cached about the set of ids holds for one version."""
         self.total_tokens = 0
         self.total_requests = 0
+        self.accepting_share = 0.0
+        """Sum of the shares of those that accept: 1 for each that is warm."""
         self._members: dict[str, Member] = {}
         for replica in replicas:
             self.add(replica)
@@ -81,6 +83,7 @@ class Fleet:
         self._members[replica.id] = member
         self._members = dict(sorted(self._members.items()))
         self.version += 1
+        self._sum_shares()
         return member
 
     def remove(self, replica_id: str) -> None:
@@ -89,12 +92,19 @@ class Fleet:
         self.total_tokens -= member.tokens
         self.total_requests -= member.requests
         self.version += 1
+        self._sum_shares()
 
     def set_state(self, replica_id: str, state: ReplicaState) -> None:
         self._members[replica_id].state = state
+        self._sum_shares()
 
     def set_share(self, replica_id: str, share: float) -> None:
         self._members[replica_id].share = _checked_share(share)
+        self._sum_shares()
+
+    def _sum_shares(self) -> None:
+        accepting = (m for m in self if m.state is ReplicaState.ACCEPTING)
+        self.accepting_share = sum(member.share for member in accepting)
 
     # loads ----------------------------------------------------------------------------------------
 

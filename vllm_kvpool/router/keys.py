@@ -7,7 +7,7 @@ The prompt becomes one *canonical text* that grows at its end as a conversation 
 The *stable prefix* is its part up to the end of the leading system messages: the same for all
 sessions of a task. Text blocks are cut and hashed along it. It need not be what the engine's chat
 template makes of the body, only be equal where that is equal. A prompt given as token ids is taken
-by its ids.
+by its ids, four bytes each.
 
 Which shape a body has is told by its fields, not by the path: `messages` (chat, tokenize), `prompt`
 (completions, tokenize), `input` and `instructions` (responses, embeddings).
@@ -16,6 +16,7 @@ Which shape a body has is told by its fields, not by the path: `messages` (chat,
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from typing import Any
@@ -25,9 +26,10 @@ import msgspec
 from vllm_kvpool.router.types import RouteRequest
 
 TEXT_BLOCK_BYTES = 512
-"""About 128 tokens. Half of it would cost twice the time and memory."""
+"""`TEXT_BLOCK_TOKENS` tokens or so. Half of it would cost twice the time and memory."""
 BYTES_PER_TOKEN = 4
 """English text and code, by most tokenizers. The ledger learns the true ratio afterwards."""
+TEXT_BLOCK_TOKENS = TEXT_BLOCK_BYTES // BYTES_PER_TOKEN
 OPENING_BYTES = 1_024
 """What names the session of a prompt that has no messages."""
 SESSION_HEADER = "X-Session-ID"
@@ -45,8 +47,8 @@ def route_request(body: object, headers: Mapping[str, str]) -> RouteRequest:
     fields: Mapping[str, Any] = body if isinstance(body, dict) else {}
     model = _text(fields.get("model"))
     salt = b"%b\x00%b\x00" % (model, _text(fields.get("cache_salt")))
-    stable, rest, opening = _canonical(fields)
     tokens = _token_ids(fields)
+    stable, rest, opening = _of_tokens(tokens) if tokens else _canonical(fields)
     session, source = _session(fields, headers, salt, stable + opening)
     text = b"".join((salt, stable, rest))
     stable_bytes = len(salt) + len(stable) if stable else 0
@@ -124,9 +126,16 @@ def _json(value: object) -> bytes:
 
 def _token_ids(fields: Mapping[str, Any]) -> tuple[int, ...] | None:
     prompt = fields.get("prompt")
-    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
+    if not isinstance(prompt, list) or not prompt or "messages" in fields:
+        return None
+    if all(type(token) is int and 0 <= token < 1 << 32 for token in prompt):
         return tuple(prompt)
     return None
+
+
+def _of_tokens(tokens: tuple[int, ...]) -> tuple[bytes, bytes, bytes]:
+    text = array("I", tokens).tobytes()
+    return b"", text, text[:OPENING_BYTES]
 
 
 # hashes -------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_kvpool.router.fleet import Fleet, Member
 from vllm_kvpool.router.policy import NO_HITS, Policy, fallbacks, weight
-from vllm_kvpool.router.rendezvous import Rendezvous
+from vllm_kvpool.router.rendezvous import MAX_CANDIDATES, Rendezvous
 from vllm_kvpool.router.types import Decision, ReplicaState, RouteRequest
 
 
@@ -27,5 +27,5 @@ class LeastLoad(Policy):
         order = sorted((m for m in members if m.state is ReplicaState.ACCEPTING), key=load)
         if not order:
             return None
-        others = fallbacks(order, order[0])
+        others = fallbacks(order[:MAX_CANDIDATES], order[0])
         return Decision(order[0].replica, "load", NO_HITS, tokens, others)

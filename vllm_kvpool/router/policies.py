@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from vllm_kvpool.errors import ConfigError
+from vllm_kvpool.router.cache_aware import CacheAware
 from vllm_kvpool.router.least_load import LeastLoad
 from vllm_kvpool.router.policy import Policy
 from vllm_kvpool.router.round_robin import RoundRobin
 from vllm_kvpool.router.session import Session
+from vllm_kvpool.router.task import Task
 
+DEFAULT_POLICY = Task.name
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (RoundRobin, LeastLoad, Session)
+    policy.name: policy for policy in (Task, CacheAware, Session, LeastLoad, RoundRobin)
 }
 
 

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 
 from vllm_kvpool.router.fleet import Fleet, Member
+from vllm_kvpool.router.types import ReplicaState
 
 MASK = (1 << 64) - 1
 _MIX = 0x9E3779B97F4A7C15
+_SHARES = 0xD1B54A32D192ED03
+MAX_CANDIDATES = 9
+"""One to be chosen and eight to fall back to."""
 
 
 def hash64(data: bytes) -> int:
@@ -35,44 +40,71 @@ class Rendezvous:
     def __init__(self, seed: int = 0, capacity: int = 16_384) -> None:
         self._seed = hash64(b"rendezvous %d" % seed)
         self._capacity = capacity
-        self._version = -1
-        self._hashes: list[tuple[int, Member]] = []
-        self._orders: OrderedDict[int, tuple[Member, ...]] = OrderedDict()
         self._fleet: Fleet | None = None
+        self._version = -1
+        self._own_hash: dict[Member, int] = {}
+        self._orders: OrderedDict[tuple[int, int, int], tuple[Member, ...]] = OrderedDict()
 
     def order(self, key: int, fleet: Fleet) -> tuple[Member, ...]:
         """All members, whatever their state, the key's favourite first."""
-        if fleet is not self._fleet or fleet.version != self._version:
-            self._begin(fleet)
-        order = self._orders.get(key)
-        if order is None:
-            return self._new_order(key)
-        self._orders.move_to_end(key)
-        return order
+        return self._kept((key, 0, 0), fleet)
 
-    def has_part(self, key: int, member: Member) -> bool:
-        """Whether the key is in the member's share."""
+    def order_in_group(self, key: int, group: int, size: int, fleet: Fleet) -> tuple[Member, ...]:
+        """The first `size` members in the order of `group`, as `key` orders them; then the others
+        as `group` does."""
+        return self._kept((key, group, size), fleet)
+
+    def candidates(self, order: Sequence[Member], key: int, bound_to: str | None) -> list[Member]:
+        """The first that may take a request, in this order: those that accept, and the one that
+        drains where the key is bound to it. Those that have no part in the key come last."""
+        found: list[Member] = []
+        later: list[Member] = []
+        for member in order:
+            if member.state is ReplicaState.ACCEPTING or (
+                member.state is ReplicaState.DRAINING and member.replica.id == bound_to
+            ):
+                (found if self._has_part(key, member) else later).append(member)
+                if len(found) == MAX_CANDIDATES:
+                    return found
+        return (found + later)[:MAX_CANDIDATES]
+
+    def _has_part(self, key: int, member: Member) -> bool:
         if member.share >= 1:
             return True
-        own = hash64(member.replica.id.encode())
-        return mix(mix(key, own), self._seed) < member.share * MASK
+        salted = mix(key, self._seed ^ _SHARES)
+        return mix(salted, hash64(member.replica.id.encode())) < member.share * MASK
+
+    def _kept(self, entry: tuple[int, int, int], fleet: Fleet) -> tuple[Member, ...]:
+        if fleet is not self._fleet or fleet.version != self._version:
+            self._begin(fleet)
+        order = self._orders.get(entry)
+        if order is not None:
+            self._orders.move_to_end(entry)
+            return order
+        return self._keep(entry, fleet)
+
+    def _keep(self, entry: tuple[int, int, int], fleet: Fleet) -> tuple[Member, ...]:
+        key, group, size = entry
+        if size:
+            members = self.order(group, fleet)
+            order = (*self._ranked(key, members[:size]), *members[size:])
+        else:
+            order = tuple(self._ranked(key, self._own_hash))
+        self._orders[entry] = order
+        if len(self._orders) > self._capacity:
+            self._orders.popitem(last=False)
+        return order
 
     def _begin(self, fleet: Fleet) -> None:
         self._fleet, self._version = fleet, fleet.version
         self._orders.clear()
-        self._hashes = [(hash64(member.replica.id.encode()), member) for member in fleet]
+        self._own_hash = {member: hash64(member.replica.id.encode()) for member in fleet}
 
-    def _new_order(self, key: int) -> tuple[Member, ...]:
+    def _ranked(self, key: int, members: Iterable[Member]) -> list[Member]:
         salted = mix(key, self._seed)
-        scored = [
-            (mix(salted, own), number, member) for number, (own, member) in enumerate(self._hashes)
-        ]
+        scored = [(mix(salted, self._own_hash[m]), number, m) for number, m in enumerate(members)]
         scored.sort(reverse=True)
-        order = tuple(member for _, _, member in scored)
-        self._orders[key] = order
-        if len(self._orders) > self._capacity:
-            self._orders.popitem(last=False)
-        return order
+        return [member for _, _, member in scored]
 
     def check_integrity(self) -> None:
         assert len(self._orders) <= self._capacity

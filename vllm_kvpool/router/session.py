@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from vllm_kvpool.router.bindings import Bindings
 from vllm_kvpool.router.bounds import Bound, lightest
-from vllm_kvpool.router.fleet import Fleet, Member
+from vllm_kvpool.router.fleet import Fleet
 from vllm_kvpool.router.policy import NO_HITS, Policy, fallbacks, weight
 from vllm_kvpool.router.rendezvous import Rendezvous
-from vllm_kvpool.router.types import Decision, ReplicaState, RouteRequest
+from vllm_kvpool.router.types import Decision, RouteRequest
 
 
 class Session(Policy):
@@ -19,27 +19,15 @@ class Session(Policy):
 
     def decide(self, request: RouteRequest, fleet: Fleet, now: float) -> Decision | None:
         order = self._rendezvous.order(request.session, fleet)
-        usable = self._usable(request.session, order)
-        if not usable:
+        bound_to = self._bindings[request.session]
+        candidates = self._rendezvous.candidates(order, request.session, bound_to)
+        if not candidates:
             return None
-        tokens = weight(request)
-        wanted = [m for m in usable if self._rendezvous.has_part(request.session, m)] or usable
-        bound = Bound(usable, tokens)
-        chosen = next((member for member in wanted if bound.allows(member)), None)
-        if chosen is None:
-            chosen = lightest(wanted)
-        reason = "session" if chosen is wanted[0] else "overflow"
-        return Decision(chosen.replica, reason, NO_HITS, tokens, fallbacks(usable, chosen))
-
-    def _usable(self, session: int, order: tuple[Member, ...]) -> list[Member]:
-        """Those that accept; and the one that drains, where the session is bound to it."""
-        bound = self._bindings[session]
-        return [
-            member
-            for member in order
-            if member.state is ReplicaState.ACCEPTING
-            or (member.state is ReplicaState.DRAINING and member.replica.id == bound)
-        ]
+        bound = Bound(fleet)
+        chosen = next((m for m in candidates if bound.allows(m)), None) or lightest(candidates)
+        reason = "session" if chosen is candidates[0] else "overflow"
+        others = fallbacks(candidates, chosen)
+        return Decision(chosen.replica, reason, NO_HITS, weight(request), others)
 
     def dispatched(self, request: RouteRequest, replica_id: str, now: float) -> None:
         self._bindings.bind(request.session, replica_id)

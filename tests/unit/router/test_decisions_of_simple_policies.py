@@ -30,7 +30,7 @@ def test_nobody_to_choose_is_an_answer(name: str) -> None:
     assert make_policy(name).decide(request_of("s"), Fleet(), 0.0) is None
     fleet = fleet_of(2)
     for member in fleet:
-        member.state = ReplicaState.OUT
+        fleet.set_state(member.replica.id, ReplicaState.OUT)
     assert make_policy(name).decide(request_of("s"), fleet, 0.0) is None
 
 

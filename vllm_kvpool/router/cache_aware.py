@@ -1,0 +1,25 @@
+"""Whoever holds most of the prompt, by the approximate tree, as long as its load allows.
+
+Prompts that nobody holds go to the lightest of a few. Good where sessions have no name and prompts
+share prefixes in ways that a system message does not tell.
+"""
+
+from __future__ import annotations
+
+from vllm_kvpool.router.affinity import Affinity, worth
+from vllm_kvpool.router.bounds import Bound, lightest
+from vllm_kvpool.router.fleet import Fleet
+from vllm_kvpool.router.types import Decision, RouteRequest
+
+
+class CacheAware(Affinity):
+    name = "cache_aware"
+
+    def decide(self, request: RouteRequest, fleet: Fleet, now: float) -> Decision | None:
+        order = self._rendezvous.order(request.session, fleet)
+        candidates = self._candidates(request, order)
+        if not candidates:
+            return None
+        best = self._best_holder(request, fleet, Bound(fleet), worth(request, 0))
+        member, reason = best or (lightest(candidates), "load")
+        return self._decision(request, member, reason, candidates)
