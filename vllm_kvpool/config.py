@@ -180,7 +180,7 @@ class RouterConfig(_Config, frozen=True, kw_only=True):
     """`[name=]http://host:port[@rank]`, or `dns://host:port` for all addresses of a name."""
     fleet: str = ""
     """TOML file with further `replicas`, read again when it changes."""
-    policy: str = "session"
+    policy: str = "task"
     """How a replica is chosen: `docs/routing.md`."""
     listen: str = "127.0.0.1:8080"
     """Where clients connect."""

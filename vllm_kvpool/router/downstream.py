@@ -255,7 +255,9 @@ class ClientConnection(asyncio.Protocol):
     def _farewell(self, refusal: Refusal) -> None:
         body = error_body(refusal.status, refusal.message)
         self.write(respond(refusal.status, body, close=True))
-        self._loop.call_later(LINGER_S, self._close)
+        if self._transport is not None:
+            self._transport.write_eof()
+            self._loop.call_later(LINGER_S, self._close)
 
     def _close(self) -> None:
         if self._transport is not None:

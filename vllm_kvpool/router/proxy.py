@@ -10,9 +10,9 @@ import msgspec
 from vllm_kvpool.router.context import Context
 from vllm_kvpool.router.downstream import ClientConnection
 from vllm_kvpool.router.exchange import Exchange
-from vllm_kvpool.router.policy import accepting
 from vllm_kvpool.router.request import Request
 from vllm_kvpool.router.responses import TEXT
+from vllm_kvpool.router.types import ReplicaState
 
 METRICS_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
@@ -54,7 +54,7 @@ class Proxy:
 
     async def _ready(self, request: Request, client: ClientConnection) -> None:
         """A replica takes requests."""
-        if accepting(self._context.fleet):
+        if any(member.state is ReplicaState.ACCEPTING for member in self._context.fleet):
             client.answer(200, b"ready\n", content_type=TEXT)
         else:
             self._context.reject_for_now(client, "no replica takes requests now")

@@ -250,4 +250,13 @@ def run_router(config: RouterConfig) -> None:
     async def main() -> None:
         await Supervisor(config).run()
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except ExceptionGroup as group:
+        raise _first(group) from None
+
+
+def _first(group: ExceptionGroup[Exception]) -> Exception:
+    """All that a task group makes of one error."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, ExceptionGroup) else error

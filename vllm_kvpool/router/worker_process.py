@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Callable
 
+from vllm_kvpool.errors import KVPoolError
 from vllm_kvpool.router import control
 from vllm_kvpool.router.metrics import Sample
 
@@ -54,12 +55,14 @@ class WorkerProcess:
                 case _:
                     obey(self, message)
         self._channel.close()
+        if not self._ready.done():
+            self._ready.set_exception(KVPoolError("a worker ended before it was ready"))
         for future in self._collected.values():
             future.cancel()
         return await self._process.wait()
 
     async def wait_ready(self) -> None:
-        """TimeoutError: it did not get there."""
+        """KVPoolError: it did not get there."""
         await asyncio.wait_for(asyncio.shield(self._ready), READY_S)
 
     async def collect(self) -> list[Sample]:
