@@ -42,7 +42,8 @@ PURE = (
     "router.types", "router.keys", "router.fleet", "router.policy", "router.rendezvous",
     "router.bounds", "router.bindings", "router.round_robin", "router.least_load", "router.session",
     "router.prefix_index", "router.tree", "router.groups", "router.affinity", "router.cache_aware",
-    "router.task",
+    "router.task", "router.token_hashes", "router.event_wire", "router.event_index",
+    "router.kv_events",
 )  # fmt: skip
 IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "zmq", "_native", "clock"}
 

@@ -2,7 +2,8 @@
 
 A member may take one more request while what it has in flight is within FACTOR times its part of the
 fleet's load plus a margin of some requests. The margin keeps an idle fleet from moving sessions for
-nothing; as a number of requests it fits short prompts and long ones. A member that holds some of the prompt may exceed this by as much: so many tokens another would compute again.
+nothing; as a number of requests it fits short prompts and long ones. A member that holds some of the
+prompt may exceed this by as much: so many tokens another would compute again.
 """
 
 from __future__ import annotations

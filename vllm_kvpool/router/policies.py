@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_kvpool.errors import ConfigError
 from vllm_kvpool.router.cache_aware import CacheAware
+from vllm_kvpool.router.kv_events import KvEvents
 from vllm_kvpool.router.least_load import LeastLoad
 from vllm_kvpool.router.policy import Policy
 from vllm_kvpool.router.round_robin import RoundRobin
@@ -12,7 +13,7 @@ from vllm_kvpool.router.task import Task
 
 DEFAULT_POLICY = Task.name
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (Task, CacheAware, Session, LeastLoad, RoundRobin)
+    policy.name: policy for policy in (Task, KvEvents, CacheAware, Session, LeastLoad, RoundRobin)
 }
 
 

@@ -44,7 +44,10 @@ class RouteRequest(msgspec.Struct, frozen=True, gc=False):
     prompt_tokens: int
     """Estimates from the length of the text."""
     tokens: tuple[int, ...] | None = None
-    """The prompt's token ids where they are known: the body held them, or the proxy asked an engine."""
+    """The prompt's token ids where the body holds them."""
+    token_blocks: tuple[int, ...] = ()
+    """Chained hashes of the blocks of its tokens, as `token_hashes` makes them; empty where no policy
+    asked for them."""
 
 
 class Hits(msgspec.Struct, frozen=True, gc=False):

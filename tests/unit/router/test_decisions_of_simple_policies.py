@@ -71,11 +71,12 @@ def test_a_session_stays_until_its_replica_carries_too_much() -> None:
     first = policy.decide(request_of("s"), fleet, 0.0)
     assert first is not None
     assert first.reason == "session"
-    load = fleet.add_load(first.replica.id, 1_000_000)
+    loads = [fleet.add_load(first.replica.id, 1_000) for _ in range(20)]
     moved = policy.decide(request_of("s"), fleet, 0.0)
     assert moved is not None
     assert (moved.replica, moved.reason) == (first.fallbacks[0], "overflow")
-    fleet.release_load(load)
+    for load in loads:
+        fleet.release_load(load)
     assert policy.decide(request_of("s"), fleet, 0.0) == first
 
 
