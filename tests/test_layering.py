@@ -43,7 +43,7 @@ PURE = (
     "router.bounds", "router.bindings", "router.round_robin", "router.least_load", "router.session",
     "router.prefix_index", "router.tree", "router.groups", "router.affinity", "router.cache_aware",
     "router.task", "router.token_hashes", "router.event_wire", "router.event_index",
-    "router.kv_events",
+    "router.kv_events", "router.prediction_ledger", "router.prompt_history",
 )  # fmt: skip
 IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "zmq", "_native", "clock"}
 
