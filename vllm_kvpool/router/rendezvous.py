@@ -17,8 +17,8 @@ from vllm_kvpool.router.fleet import Fleet, Member
 from vllm_kvpool.router.types import ReplicaState
 
 MASK = (1 << 64) - 1
-_MIX = 0x9E3779B97F4A7C15
-_SHARES = 0xD1B54A32D192ED03
+_MIX_1 = 0x9E3779B97F4A7C15
+_MIX_2 = 0xD1B54A32D192ED03
 MAX_CANDIDATES = 9
 """One to be chosen and eight to fall back to."""
 
@@ -28,9 +28,9 @@ def hash64(data: bytes) -> int:
 
 
 def mix(left: int, right: int) -> int:
-    """64 bits of two 64-bit hashes: the folded 128-bit product, as in wyhash. 0.2 us, where another
+    """64 bits of two: the folded 128-bit product, as in wyhash. 0.2 us, where another
     blake2b would be 1 us."""
-    product = (left ^ _MIX) * (right | 1)
+    product = (left ^ _MIX_1) * (right ^ _MIX_2)
     return (product ^ (product >> 64)) & MASK
 
 
@@ -71,7 +71,7 @@ class Rendezvous:
     def _has_part(self, key: int, member: Member) -> bool:
         if member.share >= 1:
             return True
-        salted = mix(key, self._seed ^ _SHARES)
+        salted = mix(key, self._seed ^ _MIX_1)
         return mix(salted, hash64(member.replica.id.encode())) < member.share * MASK
 
     def _kept(self, entry: tuple[int, int, int], fleet: Fleet) -> tuple[Member, ...]:
