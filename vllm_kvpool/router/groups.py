@@ -49,11 +49,12 @@ class Groups:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def size(self, stable: int, replicas: float) -> int:
-        """Replicas of the task's group, of a fleet of so many; 1 for a task that is not known."""
+    def size(self, stable: int, replicas: int) -> int:
+        """Replicas of the task's group, of a fleet of so many; 1 for a task that is not known. Those
+        that are out count: a group must not change because of one that is back in a minute."""
         task = self._tasks.get(stable)
         wanted = ceil(task.granted * replicas * HEADROOM) if task else 1
-        return max(1, min(wanted, ceil(replicas)))
+        return max(1, min(wanted, replicas))
 
     def count(self, stable: int, tokens: int, now_s: float) -> None:
         """So many tokens were sent for the task."""

@@ -117,11 +117,17 @@ def _text(value: object) -> bytes:
 
 
 def _json(value: object) -> bytes:
-    try:
-        return _encode(value)
-    except (TypeError, ValueError, RecursionError):
-        # what no JSON parser gives; lone surrogates, which msgspec refuses, are the exception
-        return repr(value).encode("utf-8", "backslashreplace")
+    """msgspec refuses lone surrogates, which JSON has room for; both give up on nesting without end."""
+    for encode in (_encode, _repr):
+        try:
+            return encode(value)
+        except (TypeError, ValueError, RecursionError):
+            continue
+    return b"unreadable"
+
+
+def _repr(value: object) -> bytes:
+    return repr(value).encode("utf-8", "backslashreplace")
 
 
 def _token_ids(fields: Mapping[str, Any]) -> tuple[int, ...] | None:

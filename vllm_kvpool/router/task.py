@@ -47,7 +47,7 @@ class Task(Affinity):
     def _order(self, request: RouteRequest, fleet: Fleet) -> tuple[Member, ...]:
         if not request.stable_tokens:  # nothing to keep together
             return self._rendezvous.order(request.session, fleet)
-        size = self._groups.size(request.stable, fleet.accepting_share)
+        size = self._groups.size(request.stable, len(fleet))
         return self._rendezvous.order_in_group(request.session, request.stable, size, fleet)
 
     def dispatched(self, request: RouteRequest, replica_id: str, now: float) -> None:
