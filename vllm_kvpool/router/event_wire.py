@@ -7,6 +7,7 @@ rather than by typed structs, so that one decoder takes both forms and any later
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ EngineHash = int | bytes
 class Stored(msgspec.Struct, frozen=True):
     hashes: list[EngineHash]
     parent: EngineHash | None
-    tokens: list[int]
+    tokens: array[int]
+    """Of all blocks, one after the other: array("I")."""
     block_tokens: int
     lora_name: str
     extras: list[bytes]
@@ -56,7 +58,7 @@ def decode(payload: bytes) -> Batch:
         time_s, events, *_ = msgspec.msgpack.decode(payload)
         decoded = [event for event in map(_event, events) if event is not None]
         return Batch(float(time_s), decoded)
-    except (msgspec.DecodeError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(f"not a batch of KV events: {error}") from None
 
 
@@ -67,7 +69,7 @@ def _event(raw: Any) -> Event | None:
     if fields.get("medium") not in _GPU or fields.get("group_idx") not in (None, 0):
         return None
     if tag == "BlockRemoved":
-        return Removed(list(fields["block_hashes"]))
+        return Removed(_hashes(fields["block_hashes"]))
     if tag == "BlockStored":
         return _stored(fields)
     return None
@@ -82,9 +84,12 @@ def _fields(raw: Any) -> tuple[str, Mapping[str, Any]]:
 
 
 def _stored(fields: Mapping[str, Any]) -> Stored:
-    hashes = list(fields["block_hashes"])
+    hashes = _hashes(fields["block_hashes"])
+    parent = fields["parent_block_hash"]
+    if parent is not None:
+        _hashes([parent])
     block_tokens = int(fields["block_size"])
-    tokens = list(fields["token_ids"])
+    tokens = array("I", fields["token_ids"])
     if block_tokens < 1 or len(tokens) != block_tokens * len(hashes):
         raise ValueError(f"{len(tokens)} tokens for {len(hashes)} blocks of {block_tokens}")
     lora_name = str(fields.get("lora_name") or "")
@@ -92,7 +97,13 @@ def _stored(fields: Mapping[str, Any]) -> Stored:
     extras = [_extra(entry, lora_name) for entry in keys]
     if len(extras) != len(hashes):
         raise ValueError(f"{len(extras)} extra keys for {len(hashes)} blocks")
-    return Stored(hashes, fields["parent_block_hash"], tokens, block_tokens, lora_name, extras)
+    return Stored(hashes, parent, tokens, block_tokens, lora_name, extras)
+
+
+def _hashes(values: Sequence[Any]) -> list[EngineHash]:
+    if not all(isinstance(value, int | bytes) for value in values):
+        raise ValueError("block hashes are numbers or bytes")
+    return list(values)
 
 
 def _extra(entry: Sequence[Any] | None, lora_name: str) -> bytes:

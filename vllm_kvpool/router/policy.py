@@ -50,7 +50,7 @@ class Policy(ABC):
         """Policies with different seeds choose differently; all routers of a fleet share one."""
 
     def with_tokens(self, request: RouteRequest, tokens: Sequence[int]) -> RouteRequest:
-        """The request with its prompt's token ids made use of."""
+        """The request with its prompt's token ids made use of. ValueError: these are none."""
         return request
 
     @abstractmethod

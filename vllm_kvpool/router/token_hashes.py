@@ -16,20 +16,20 @@ def root(lora_name: str) -> int:
     return _hash(b"root\x00" + lora_name.encode("utf-8", "surrogatepass"))
 
 
-def child(parent: int, tokens: Sequence[int], extra: bytes = b"") -> int:
-    """`extra` is what else the block's KV depends on: images, salt. ValueError: no token ids."""
-    try:
-        ids = array("I", tokens).tobytes()
-    except (TypeError, OverflowError) as error:
-        raise ValueError(f"no token ids: {error}") from None
-    return _hash(parent.to_bytes(8, "little") + ids + extra)
+def child(parent: int, tokens: array[int], extra: bytes = b"") -> int:
+    """Of array("I"); `extra` is what else the block's KV depends on: images, salt."""
+    return _hash(parent.to_bytes(8, "little") + tokens.tobytes() + extra)
 
 
 def chain(lora_name: str, tokens: Sequence[int], block_tokens: int) -> tuple[int, ...]:
-    """Of all full blocks."""
+    """Of all full blocks. ValueError: these are no token ids."""
+    try:
+        ids = array("I", tokens)
+    except (TypeError, OverflowError) as error:
+        raise ValueError(f"no token ids: {error}") from None
     blocks, parent = [], root(lora_name)
-    for end in range(block_tokens, len(tokens) + 1, block_tokens):
-        parent = child(parent, tokens[end - block_tokens : end])
+    for end in range(block_tokens, len(ids) + 1, block_tokens):
+        parent = child(parent, ids[end - block_tokens : end])
         blocks.append(parent)
     return tuple(blocks)
 
