@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from vllm_kvpool.router.bindings import Bindings
 from vllm_kvpool.router.bounds import Bound, lightest
 from vllm_kvpool.router.fleet import Fleet, Member
 from vllm_kvpool.router.keys import TEXT_BLOCK_TOKENS
 from vllm_kvpool.router.policy import Policy, fallbacks, weight
-from vllm_kvpool.router.rendezvous import Rendezvous
+from vllm_kvpool.router.rendezvous import MAX_CANDIDATES, Rendezvous
 from vllm_kvpool.router.tree import CacheTree
 from vllm_kvpool.router.types import Decision, Hits, ReplicaState, RouteRequest
 
@@ -31,7 +31,9 @@ class Affinity(Policy):
         """Of the prompt, on the replica."""
         return self._tree.depth(request.blocks, replica_id) * TEXT_BLOCK_TOKENS
 
-    def _holders(self, request: RouteRequest, above: int) -> Iterator[tuple[int, list[str], str]]:
+    def _holders(
+        self, request: RouteRequest, above: int
+    ) -> Iterator[tuple[int, Collection[str], str]]:
         """Hit tokens, replicas and reason, the most first, as far as they are more than `above`."""
         for depth, ids in self._tree.depths(request.blocks, above // TEXT_BLOCK_TOKENS):
             yield depth * TEXT_BLOCK_TOKENS, ids, "tree"
@@ -43,11 +45,20 @@ class Affinity(Policy):
         return self._rendezvous.candidates(order, request.session, bound_to)
 
     def _best_holder(
-        self, request: RouteRequest, fleet: Fleet, bound: Bound, above: int
+        self,
+        request: RouteRequest,
+        fleet: Fleet,
+        candidates: Sequence[Member],
+        bound: Bound,
+        above: int,
     ) -> tuple[Member, str] | None:
-        """The lightest of those that hold the most, more than `above`, and may take it."""
+        """The lightest of those that hold the most, more than `above`, and may take it. Where there
+        are many (of a prefix that all of the fleet has), only candidates are looked at."""
         for hit_tokens, ids, reason in self._holders(request, above):
-            able = [m for m in map(fleet.get, ids) if m and self._may_take(request, m)]
+            if len(ids) > MAX_CANDIDATES:
+                able = [member for member in candidates if member.replica.id in ids]
+            else:
+                able = [m for m in map(fleet.get, ids) if m and self._may_take(request, m)]
             allowed = [member for member in able if bound.allows(member, hit_tokens)]
             if allowed:
                 return lightest(allowed), reason

@@ -20,6 +20,7 @@ class CacheAware(Affinity):
         candidates = self._candidates(request, order)
         if not candidates:
             return None
-        best = self._best_holder(request, fleet, Bound(fleet), worth(request, 0))
+        above = worth(request, 0)
+        best = self._best_holder(request, fleet, candidates, Bound(fleet), above)
         member, reason = best or (lightest(candidates), "load")
         return self._decision(request, member, reason, candidates)

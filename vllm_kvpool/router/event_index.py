@@ -19,7 +19,7 @@ from enum import Enum
 
 from vllm_kvpool.router import token_hashes
 from vllm_kvpool.router.event_wire import Batch, Cleared, EngineHash, Removed, Stored
-from vllm_kvpool.router.prefix_index import PrefixIndex
+from vllm_kvpool.router.prefix_index import Holders, PrefixIndex
 
 MAX_BLOCKS = 1 << 20
 """Of one replica: far above what a cache holds. More would mean that removals are not told."""
@@ -77,7 +77,7 @@ class EventIndex:
         """Leading blocks that the replica holds."""
         return self._index.depth(blocks, replica_id)
 
-    def depths(self, blocks: Sequence[int], above: int = 0) -> Iterator[tuple[int, list[str]]]:
+    def depths(self, blocks: Sequence[int], above: int = 0) -> Iterator[tuple[int, Holders]]:
         """See `PrefixIndex.depths`."""
         return self._index.depths(blocks, above)
 

@@ -6,7 +6,7 @@ whose tokens nobody knows, the approximate tree tells. The subscriber feeds `eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import msgspec
 
@@ -36,22 +36,23 @@ class KvEvents(Task):
             return known
         return max(known, super()._hit_tokens(request, replica_id))
 
-    def _holders(self, request: RouteRequest, above: int) -> Iterator[tuple[int, list[str], str]]:
+    def _holders(
+        self, request: RouteRequest, above: int
+    ) -> Iterator[tuple[int, Collection[str], str]]:
+        """By events, and by the tree those that have told no, or not all, events."""
         if not request.token_blocks:
             yield from super()._holders(request, above)
             return
         size = self.events.block_tokens
-        found = [
-            (depth * size, self._trusted(ids), "events")
+        found: list[tuple[int, Collection[str], str]] = [
+            (depth * size, ids, "events")
             for depth, ids in self.events.depths(request.token_blocks, above // size)
         ]
         for tokens, ids, reason in super()._holders(request, above):
             others = [name for name in ids if self.events.trust(name) is not Trust.EXACT]
-            found.append((tokens, others, reason))
-        yield from sorted((entry for entry in found if entry[1]), key=lambda entry: -entry[0])
-
-    def _trusted(self, ids: list[str]) -> list[str]:
-        return [name for name in ids if self.events.trust(name) in (Trust.EXACT, Trust.PARTIAL)]
+            if others:
+                found.append((tokens, others, reason))
+        yield from sorted(found, key=lambda entry: -entry[0])
 
     def forget(self, replica_id: str) -> None:
         super().forget(replica_id)

@@ -8,10 +8,34 @@ bits of a number; a bit is used again once its replica is gone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 MAX_DEPTHS = 4
 """Different depths that are worth a look: whoever is no better than the fourth is not chosen for it."""
+
+
+class Holders(Collection[str]):
+    """Replicas, as bits of one index; good until the index changes."""
+
+    def __init__(self, bits: int, ids: Sequence[str | None], id_to_bit: Mapping[str, int]) -> None:
+        self._bits = bits
+        self._ids = ids
+        self._id_to_bit = id_to_bit
+
+    def __len__(self) -> int:
+        return self._bits.bit_count()
+
+    def __contains__(self, replica_id: object) -> bool:
+        return isinstance(replica_id, str) and self._bits & self._id_to_bit.get(replica_id, 0) != 0
+
+    def __iter__(self) -> Iterator[str]:
+        bits = self._bits
+        while bits:
+            lowest = bits & -bits
+            name = self._ids[lowest.bit_length() - 1]
+            assert name is not None, "a bit without a replica"
+            yield name
+            bits ^= lowest
 
 
 class PrefixIndex:
@@ -55,7 +79,7 @@ class PrefixIndex:
         bit = self._bits.get(replica_id, 0)
         return self._deepest(blocks, bit, len(blocks)) if bit else 0
 
-    def depths(self, blocks: Sequence[int], above: int = 0) -> Iterator[tuple[int, list[str]]]:
+    def depths(self, blocks: Sequence[int], above: int = 0) -> Iterator[tuple[int, Holders]]:
         """Who holds how many leading blocks, the deepest first, as far as it is more than `above`."""
         left, end = -1, len(blocks)
         for _ in range(MAX_DEPTHS):
@@ -63,7 +87,7 @@ class PrefixIndex:
             if depth <= above:
                 return
             holders = self._holders[blocks[depth - 1]] & left
-            yield depth, self._names(holders)
+            yield depth, Holders(holders, self._ids, self._bits)
             left, end = left & ~holders, depth
 
     def _deepest(self, blocks: Sequence[int], bits: int, end: int) -> int:
@@ -76,16 +100,6 @@ class PrefixIndex:
             else:
                 high = middle - 1
         return low
-
-    def _names(self, bits: int) -> list[str]:
-        names = []
-        while bits:
-            lowest = bits & -bits
-            name = self._ids[lowest.bit_length() - 1]
-            assert name is not None, "a bit without a replica"
-            names.append(name)
-            bits ^= lowest
-        return names
 
     def check_integrity(self) -> None:
         known = 0

@@ -39,7 +39,7 @@ class Task(Affinity):
             allowed = (member for member in candidates if bound.allows(member))
             member, reason = next(allowed, None) or lightest(candidates), "overflow"
             above = max(worth(request, 0), request.stable_tokens)
-        best = self._best_holder(request, fleet, bound, above)
+        best = self._best_holder(request, fleet, candidates, bound, above)
         if best:
             member, reason = best
         return self._decision(request, member, reason, candidates)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
-from vllm_kvpool.router.prefix_index import PrefixIndex
+from vllm_kvpool.router.prefix_index import Holders, PrefixIndex
 
 DEFAULT_BLOCKS = 4_096
 """Of a replica whose cache's size is not known: about 500,000 tokens."""
@@ -29,7 +29,7 @@ class CacheTree:
         """Leading blocks that the replica should hold."""
         return self._index.depth(blocks, replica_id)
 
-    def depths(self, blocks: Sequence[int], above: int = 0) -> Iterator[tuple[int, list[str]]]:
+    def depths(self, blocks: Sequence[int], above: int = 0) -> Iterator[tuple[int, Holders]]:
         """See `PrefixIndex.depths`."""
         return self._index.depths(blocks, above)
 
