@@ -33,13 +33,13 @@ class Context:
     """Replica and error: it could not be reached."""
     clock: Callable[[], float]
     no_prompt: Policy = field(default_factory=LeastLoad)
-    """For requests without a prompt: nothing of them is cached anywhere."""
+    """For requests without a JSON body: nothing of them is cached anywhere."""
 
     def route(self, request: Request) -> tuple[RouteRequest, Policy]:
         """What the policy knows of a request, and which policy that is."""
         body = _parse(request.body) if request.body else None
         route = route_request(body, RequestHeaders(request.headers))
-        return route, self.policy if route.prompt_tokens else self.no_prompt
+        return route, self.policy if isinstance(body, dict) else self.no_prompt
 
     def decide(self, route: RouteRequest, policy: Policy) -> Decision | None:
         return policy.decide(route, self.fleet, self.clock())

@@ -1,0 +1,94 @@
+"""A replica that is not well gets nothing; one that is well again gets a little first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from helpers import until
+from router.conftest import RouterUnderTest
+from router.fake_replica import FakeReplica
+
+MakeRouter = Callable[..., RouterUnderTest]
+
+
+def shares(router: RouterUnderTest, count: int) -> dict[str, int]:
+    """Requests by replica."""
+    counts: dict[str, int] = {}
+    for number in range(count):
+        replica = router.chat(f"session {number}", {"X-Session-ID": str(number)}).replica
+        counts[replica] = counts.get(replica, 0) + 1
+    return counts
+
+
+def test_out_when_its_health_says_so_and_back_again(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    router = make_router(*replicas)
+    ill = replicas[0]
+    ill.well = False
+    router.wait_state(ill.id, "out")
+    assert ill.id not in shares(router, 20)
+    assert router.metric("replica_ejections_total", replica=ill.id) == 1
+    ill.well = True
+    router.wait_state(ill.id, "accepting")
+    assert set(shares(router, 60)) == {replica.id for replica in replicas}
+
+
+def test_dead_and_back(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
+    router = make_router(*replicas)
+    replicas[0].die()
+    router.wait_state(replicas[0].id, "out")
+    replicas[0].open()
+    router.wait_state(replicas[0].id, "accepting")
+
+
+def test_half_open_a_small_share_first(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    router = make_router(*replicas, options=("--warmup-s", "1000", "--policy", "session"))
+    assert router.metric("replica_share", replica=replicas[0].id) == 1, "there from the start"
+    before = shares(router, 60)[replicas[0].id]
+    replicas[0].die()
+    router.wait_state(replicas[0].id, "out")
+    replicas[0].open()
+    router.wait_state(replicas[0].id, "accepting")
+    assert router.metric("replica_share", replica=replicas[0].id) < 0.2
+    assert shares(router, 60).get(replicas[0].id, 0) < before / 2
+    # one failure is enough now
+    replicas[0].well = False
+    router.wait_state(replicas[0].id, "out")
+    assert router.metric("replica_ejections_total", replica=replicas[0].id) == 2
+
+
+def test_warm_up_ends(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
+    router = make_router(*replicas, options=("--warmup-s", "1"))
+    replicas[0].die()
+    router.wait_state(replicas[0].id, "out")
+    replicas[0].open()
+    router.wait_state(replicas[0].id, "accepting")
+    until(lambda: router.metric("replica_share", replica=replicas[0].id) == 1)
+
+
+def test_its_sessions_spread_over_all_others_and_come_back(
+    make_router: MakeRouter, make_replica: Callable[..., FakeReplica]
+) -> None:
+    many = [make_replica() for _ in range(5)]
+    router = make_router(*many, options=("--policy", "session"))
+
+    def homes() -> dict[int, str]:
+        names = ((number, {"X-Session-ID": str(number)}) for number in range(100))
+        return {
+            number: router.ask("/route", {"prompt": "x"}, name).json["replica"]
+            for number, name in names
+        }
+
+    before = homes()
+    many[0].die()
+    router.wait_state(many[0].id, "out")
+    without = homes()
+    moved = [number for number in before if before[number] != without[number]]
+    assert moved == [number for number in before if before[number] == many[0].id]
+    assert len({without[number] for number in moved}) == 4
+    many[0].open()
+    router.wait_state(many[0].id, "accepting")
+    assert homes() == before

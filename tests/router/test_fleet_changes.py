@@ -1,0 +1,211 @@
+"""Replicas come and go: by the fleet file, by DNS, by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import run_cli, until
+from router.conftest import RouterUnderTest
+from router.fake_replica import FakeReplica, answer, silent
+
+MakeRouter = Callable[..., RouterUnderTest]
+
+
+def write(path: Path, *addresses: str) -> None:
+    """As editors do: a new file in the old one's place."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(f"replicas = {json.dumps(addresses)}\n")
+    os.replace(fresh, path)
+
+
+def fleet(router: RouterUnderTest, *arguments: str) -> str:
+    done = run_cli("fleet", *arguments, "--admin", router.admin)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def listed(router: RouterUnderTest) -> dict[str, dict[str, object]]:
+    return {replica["id"]: replica for replica in json.loads(fleet(router, "ls", "--json"))}
+
+
+def used(router: RouterUnderTest, count: int = 40) -> set[str]:
+    return {router.chat(headers={"X-Session-ID": str(number)}).replica for number in range(count)}
+
+
+def test_the_file_is_read_again(
+    make_router: MakeRouter, replicas: list[FakeReplica], tmp_path: Path
+) -> None:
+    path = tmp_path / "fleet.toml"
+    write(path, replicas[0].url)
+    router = make_router(options=("--fleet", str(path)))
+    assert used(router, 5) == {replicas[0].id}
+    write(path, *(replica.url for replica in replicas))
+    until(lambda: len(listed(router)) == 3)
+    router.wait_state(replicas[2].id, "accepting")
+    assert used(router) == {replica.id for replica in replicas}
+    write(path, replicas[1].url, f"named={replicas[2].url}")
+    until(lambda: set(listed(router)) == {replicas[1].id, "named"})
+    assert used(router) == {replicas[1].id, "named"}
+
+
+@pytest.mark.parametrize(
+    "text", ["replicas = [", "replicas = 5", 'other = ["x"]', "", 'replicas = ["ftp://x"]']
+)
+def test_a_broken_file_changes_nothing(
+    make_router: MakeRouter, replica: FakeReplica, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "fleet.toml"
+    write(path, replica.url)
+    router = make_router(options=("--fleet", str(path)))
+    path.write_text(text)
+    until(lambda: "the fleet stays as it is" in router.log.read_text())
+    assert set(listed(router)) == {replica.id}
+    path.unlink()
+    assert router.chat().status == 200
+    refused = run_cli("route", "--fleet", str(path))
+    assert refused.returncode == 2
+    assert "fleet" in refused.stderr
+
+
+def test_requests_in_flight_outlive_their_replicas_removal(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from router.fake_replica import stream
+
+    for replica in replicas:
+        replica.behave = stream(50, 0.02)
+    router = make_router(*replicas)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(router.chat, stream=True)
+        until(lambda: any(replica.in_flight for replica in replicas))
+        busy = next(replica for replica in replicas if replica.in_flight)
+        fleet(router, "rm", busy.id)
+        assert answer.result().body.endswith(b"[DONE]\n\n")
+    assert busy.id not in listed(router)
+    router.wait_idle()
+    for replica in replicas:
+        replica.behave = stream(1)
+    assert busy.id not in used(router)
+
+
+def test_by_hand(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
+    router = make_router(replicas[0])
+    assert replicas[1].id in fleet(router, "add", replicas[1].url)
+    router.wait_state(replicas[1].id, "accepting")
+    assert used(router) == {replicas[0].id, replicas[1].id}
+    table = fleet(router, "ls")
+    assert [line.split()[:2] for line in table.splitlines()[1:]] == [
+        [replica.id, "accepting"] for replica in replicas[:2]
+    ]
+    fleet(router, "rm", replicas[0].id)
+    assert used(router) == {replicas[1].id}
+    until(lambda: set(listed(router)) == {replicas[1].id})
+    fleet(router, "add", replicas[0].url)
+    router.wait_state(replicas[0].id, "accepting")
+
+
+def test_drain_keeps_sessions_and_takes_no_new_ones(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    router = make_router(*replicas, options=("--drain-s", "1000"))
+    homes = {n: router.chat(headers={"X-Session-ID": str(n)}).replica for n in range(30)}
+    leaving = replicas[0].id
+    old = [number for number, home in homes.items() if home == leaving]
+    assert old
+    fleet(router, "drain", leaving)
+    assert listed(router)[leaving]["state"] == "draining"
+    for number in old:
+        assert router.chat(headers={"X-Session-ID": str(number)}).replica == leaving
+    fresh = {router.chat(headers={"X-Session-ID": f"new {n}"}).replica for n in range(30)}
+    assert fresh == {replicas[1].id, replicas[2].id}
+    fleet(router, "add", replicas[0].url)
+    assert listed(router)[leaving]["state"] == "accepting"
+
+
+def test_a_drain_ends(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
+    router = make_router(*replicas, options=("--drain-s", "0.5"))
+    fleet(router, "drain", replicas[0].id)
+    router.wait_state(replicas[0].id, "out")
+    assert replicas[0].id not in used(router)
+
+
+def test_a_name_of_several_workers_is_the_same_for_all(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    """A drain has reached every worker when the command returns."""
+    router = make_router(*replicas, options=("--workers", "3", "--drain-s", "1000"))
+    fleet(router, "drain", replicas[0].id)
+    assert replicas[0].id not in used(router)
+
+
+def test_dns(make_router: MakeRouter, replica: FakeReplica) -> None:
+    router = make_router(f"dns://localhost:{replica.port}")
+    router.wait_state(replica.id, "accepting")
+    assert router.chat().status == 200
+    assert listed(router)[replica.id]["sources"] == [f"dns:localhost:{replica.port}"]
+
+
+def test_a_name_that_is_not_known_hurts_nobody(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    router = make_router(replica, "dns://replicas.invalid:8000")
+    assert router.chat().status == 200
+    assert set(listed(router)) == {replica.id}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("drain", "x"), "no replica 'x'"),
+        (("rm", "x"), "no replica 'x'"),
+        (("add", "x"), "http://host:port"),
+    ],
+)
+def test_what_cannot_be_done_says_why(
+    router: RouterUnderTest, arguments: tuple[str, ...], text: str
+) -> None:
+    done = run_cli("fleet", *arguments, "--admin", router.admin)
+    assert done.returncode == 1
+    assert text in done.stderr
+
+
+def test_no_router_there() -> None:
+    done = run_cli("fleet", "ls", "--admin", "127.0.0.1:1")
+    assert done.returncode == 1
+    assert "no router answers at 127.0.0.1:1" in done.stderr
+
+
+def test_a_restarted_engine_has_lost_its_cache(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    """Another start time in its metrics: what was predicted to be cached there is forgotten."""
+    for replica in replicas:
+        replica.metrics = "process_start_time_seconds 1.0\n"
+    router = make_router(*replicas, options=("--policy", "cache_aware"))
+    text, session = "word " * 4_000, {"X-Session-ID": "s"}
+    home = router.chat(text, session).replica
+
+    def predicted() -> int:
+        body = {"messages": [{"role": "user", "content": text}]}
+        decision = router.ask("/route", {"model": "m", **body}, session).json
+        return int(decision["predicted_hit_tokens"])
+
+    assert predicted() > 0
+    restarted = next(replica for replica in replicas if replica.id == home)
+    restarted.metrics = "process_start_time_seconds 2.0\n"
+    until(lambda: predicted() == 0)
+
+
+def test_silent_replicas_do_not_delay_the_others(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    replicas[0].behave = silent
+    replicas[1].behave = replicas[2].behave = answer()
+    router = make_router(*replicas[1:])
+    assert router.chat().status == 200

@@ -1,0 +1,122 @@
+"""Several processes, one router."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from helpers import run_cli, until
+from router.conftest import RouterUnderTest
+from router.fake_replica import FakeReplica, stream
+
+MakeRouter = Callable[..., RouterUnderTest]
+
+
+def decisions(router: RouterUnderTest, count: int = 60) -> list[str]:
+    bodies = ({"messages": [{"role": "user", "content": f"session {n}"}]} for n in range(count))
+    return [router.ask("/route", body).json["replica"] for body in bodies]
+
+
+def test_two_routers_decide_the_same(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
+    """Told of the replicas in different orders."""
+    one, two = make_router(*replicas), make_router(*reversed(replicas))
+    assert decisions(one) == decisions(two)
+    assert len(set(decisions(one))) == 3
+    for number in range(20):
+        session = {"X-Session-ID": str(number)}
+        assert one.chat(headers=session).replica == two.chat(headers=session).replica
+
+
+def test_workers_decide_the_same_and_count_together(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    """Each request is a connection, and the kernel gives it to any worker."""
+    router = make_router(*replicas, options=("--workers", "3", "--policy", "session"))
+    assert len(router.workers()) == 3
+    homes = [
+        {router.chat(headers={"X-Session-ID": str(number)}).replica for _ in range(10)}
+        for number in range(10)
+    ]
+    assert all(len(home) == 1 for home in homes)
+    assert router.metric("requests_total") == 100
+    router.wait_idle()
+
+
+def test_a_worker_that_dies_is_replaced(make_router: MakeRouter, replica: FakeReplica) -> None:
+    router = make_router(replica, options=("--workers", "2"))
+    old = router.workers()
+    os.kill(old[0], signal.SIGKILL)
+    until(lambda: len(set(router.workers()) - set(old)) == 1)
+
+    def served() -> bool:
+        try:
+            return all(router.chat().status == 200 for _ in range(10))
+        except OSError:  # it went to the one that died
+            return False
+
+    until(served)
+    assert router.metric("worker_restarts_total") == 1
+
+
+def test_workers_end_with_their_parent(make_router: MakeRouter, replica: FakeReplica) -> None:
+    router = make_router(replica, options=("--workers", "2"))
+    workers = router.workers()
+    os.kill(router.pid, signal.SIGKILL)
+    router.wait()
+    until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in workers))
+
+
+def test_an_orderly_end_finishes_what_is_under_way(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    replica.behave = stream(100, 0.01)
+    router = make_router(replica, options=("--drain-s", "30"))
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(router.chat, stream=True) for _ in range(4)]
+        until(lambda: replica.in_flight == 4)
+        os.kill(router.pid, signal.SIGTERM)
+        assert all(answer.result().body.endswith(b"[DONE]\n\n") for answer in answers)
+    assert router.wait() == 0
+
+
+def test_an_end_does_not_wait_for_ever(make_router: MakeRouter, replica: FakeReplica) -> None:
+    replica.behave = stream(100_000, 0.01)
+    router = make_router(replica, options=("--drain-s", "0.5"))
+    with router.connect() as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+        )
+        until(lambda: replica.in_flight == 1)
+        began = time.monotonic()
+        assert router.stop() == 0
+        assert time.monotonic() - began < 15
+    until(lambda: replica.gone == 1)
+
+
+def test_a_port_that_is_taken_is_an_error(router: RouterUnderTest, replica: FakeReplica) -> None:
+    for option in ("--listen", "--admin"):
+        taken = f"127.0.0.1:{router.port}" if option == "--listen" else router.admin
+        other = ("--admin", "") if option == "--listen" else ("--listen", "127.0.0.1:0")
+        done = run_cli("route", replica.url, option, taken, *other)
+        assert done.returncode == 1
+        assert "in use" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_bad_configuration_is_refused(replica: FakeReplica) -> None:
+    for arguments, text in (
+        ((), "name the replicas"),
+        (("x",), "http://host:port"),
+        ((replica.url, replica.url), "another replica"),
+        ((replica.url, "--policy", "best"), "choose one of"),
+        ((replica.url, "--listen", "8080"), "127.0.0.1:8080"),
+        ((replica.url, "--max-body", "5%"), "32MiB"),
+        ((replica.url, "--workers", "0"), "1 or more"),
+    ):
+        done = run_cli("route", *arguments)
+        assert done.returncode == 2, done.stderr
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
