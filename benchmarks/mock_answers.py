@@ -1,4 +1,4 @@
-"""What a mock replica makes of bodies, and its answers: "tokens", chains of block hashes, the shapes of OpenAI's replies."""
+"""What a mock replica makes of bodies, and its answers: "tokens", chains of block hashes, shapes of OpenAI replies."""
 
 from __future__ import annotations
 
