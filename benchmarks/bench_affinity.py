@@ -8,10 +8,10 @@ the speed of `modelled_engine.py`, which the mock replicas have too. Nothing is 
 `--tasks`, by its seed. The trace's format and source are told in `routing_workloads.py`.
 
 "ideal" is ideal session affinity: each session on one replica for ever, the one with the least tokens so far when it
-began. `hit rate` is cached tokens of all prompt tokens; `hotspot` is N x the largest share of tokens (prompt and
-output) that one replica got, 1.0 at best. With `--events` one of N replicas is added at a quarter of the time, one
-crashes at half and comes back empty a minute later, and one is drained and removed at three quarters; `hotspot` is
-then of the fleet as it was.
+began. `hit rate` is cached tokens of all prompt tokens. `hotspot` is N x the largest share of tokens (prompt and
+output) that one replica got, 1.0 at best; "computed" is the same of the tokens that were not cached. With `--events`
+one of N replicas is added at a quarter of the time, one crashes at half and comes back empty a minute later, and one
+is drained and removed at three quarters; `hotspot` is then of the fleet as it was.
 """
 
 from __future__ import annotations
@@ -85,13 +85,15 @@ def hit_rate(served: Sequence[Served]) -> float:
     return sum(s.cached_tokens for s in served) / max(1, sum(s.prompt_tokens for s in served))
 
 
-def hotspot(served: Sequence[Served]) -> float:
-    """Each replica's tokens over what would have been fair while it was there."""
+def hotspot(served: Sequence[Served], computed: bool = False) -> float:
+    """The most that a replica got over what would have been fair. Of all tokens, or of those that
+    were not cached."""
     tokens: dict[str, float] = defaultdict(float)
     fair = 0.0
     for request in served:
-        tokens[request.replica] += request.load_tokens
-        fair += request.load_tokens * request.fair_share
+        count = request.load_tokens - (request.cached_tokens if computed else 0)
+        tokens[request.replica] += count
+        fair += count * request.fair_share
     return max(tokens.values()) / fair if fair else 0.0
 
 
@@ -109,6 +111,7 @@ def summary(simulation: Simulation) -> dict[str, Any]:
         "hit_rate_stable": stable / prompt_tokens,
         "predicted_hit_rate": predicted / prompt_tokens,
         "hotspot": hotspot(served),
+        "hotspot_computed": hotspot(served, computed=True),
         "ttft_p50_ms": percentile(ttft, 0.5) * 1e3,
         "ttft_p95_ms": percentile(ttft, 0.95) * 1e3,
         "retried": simulation.retried,
@@ -173,7 +176,8 @@ def main() -> None:
         row = results[name] = summary(runs[name])
         print(
             f"| {name} | {row['hit_rate']:.1%} | {row['hit_rate_stable']:.1%} | "
-            f"{row['predicted_hit_rate']:.1%} | {row['hotspot']:.2f} | {row['ttft_p50_ms']:.0f} | "
+            f"{row['predicted_hit_rate']:.1%} | {row['hotspot']:.2f} | {row['hotspot_computed']:.2f} | "
+            f"{row['ttft_p50_ms']:.0f} | "
             f"{row['ttft_p95_ms']:.0f} | {row['retried']} | {row['broken']} |",
             flush=True,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm_kvpool.router.bindings import Bindings
 from vllm_kvpool.router.bounds import Bound, lightest
-from vllm_kvpool.router.fleet import Fleet
+from vllm_kvpool.router.fleet import Fleet, Member
 from vllm_kvpool.router.policy import NO_HITS, Policy, fallbacks, weight
 from vllm_kvpool.router.rendezvous import Rendezvous
 from vllm_kvpool.router.types import Decision, RouteRequest
@@ -24,7 +24,13 @@ class Session(Policy):
         if not candidates:
             return None
         bound = Bound(fleet)
-        chosen = next((m for m in candidates if bound.allows(m)), None) or lightest(candidates)
+
+        def allowed(member: Member) -> bool:
+            """Where its last turn was, most of this one may be cached."""
+            was_here = member.replica.id == bound_to
+            return bound.allows(member, request.prompt_tokens if was_here else 0)
+
+        chosen = next(filter(allowed, candidates), None) or lightest(candidates)
         reason = "session" if chosen is candidates[0] else "overflow"
         others = fallbacks(candidates, chosen)
         return Decision(chosen.replica, reason, NO_HITS, weight(request), others)
