@@ -166,9 +166,10 @@ def main() -> None:
     arrivals = tasks(args.seed) if args.tasks else from_trace(args.trace)
     print(f"{len(arrivals)} requests, {args.replicas} replicas of {args.cache_tokens:,} tokens")
     print(
-        "| policy | hit rate | of it stable | predicted | hotspot | TTFT p50 | p95, ms | retried | broken |"
+        "| policy | hit rate | of it stable | predicted | hotspot | computed | TTFT p50 | p95, ms "
+        "| retried | broken |"
     )
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---" + "|---:" * 9 + "|")
     runs, results = {}, {}
     for name in ["ideal", *args.policies.split(",")]:
         policy = Ideal() if name == "ideal" else POLICIES[name](args.seed)
@@ -184,7 +185,8 @@ def main() -> None:
     if args.svg:
         args.svg.write_text(picture(runs, arrivals, args.events))
     if args.json:
-        write_json(args.json, {"seed": args.seed, "policies": results})
+        given = {name: str(value) for name, value in vars(args).items() if value is not None}
+        write_json(args.json, {"arguments": given, "policies": results})
 
 
 if __name__ == "__main__":
