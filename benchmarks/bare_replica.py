@@ -3,7 +3,8 @@
     python -m benchmarks.bare_replica PORT...
 
 One process listens on all ports. A request whose body says `"stream":true` gets `CHUNKS` events, one each `INTERVAL_S`,
-each in a write of its own; any other gets a JSON answer at once. It is no model of an engine: `mock_replica` is.
+each in a write of its own; any other gets a JSON answer at once, and any GET the list of models. It is no model of an
+engine: `mock_replica` is.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from typing import cast
+from typing import Any, cast
 
 import uvloop
 
@@ -26,16 +27,17 @@ USAGE = {
 }
 
 
-def _whole() -> bytes:
-    message = {"role": "assistant", "content": "word " * 64}
-    answer = {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "choices": [{"index": 0, "message": message}],
-    }
-    body = json.dumps({**answer, "usage": USAGE}).encode()
+def _whole(value: dict[str, Any]) -> bytes:
+    body = json.dumps(value).encode()
     head = "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
     return (head % len(body)).encode() + body
+
+
+def _answer() -> bytes:
+    message = {"role": "assistant", "content": "word " * 64}
+    choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+    common = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "m"}
+    return _whole({**common, "choices": choices, "usage": USAGE})
 
 
 def _chunk() -> bytes:
@@ -51,7 +53,8 @@ def _chunk() -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event)
 
 
-ANSWER = _whole()
+ANSWER = _answer()
+MODELS = _whole({"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]})
 CHUNK = _chunk()
 STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
@@ -78,7 +81,9 @@ class BareReplica(asyncio.Protocol):
         if len(self._received) < whole:
             return
         body, self._received = self._received[end:whole], self._received[whole:]
-        if b'"stream":true' in body:
+        if not body:
+            self.transport.write(MODELS)
+        elif b'"stream":true' in body:
             self.transport.write(STREAM_HEAD)
             self.left = CHUNKS
             self._slots[id(self) // 64 % SLOTS].append(self)

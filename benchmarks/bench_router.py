@@ -34,7 +34,7 @@ from benchmarks.report import write_json
 ROUTER_CORE, OTHER_CORE = "0", "1"
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 CLOSED = ("--mode", "closed", "--connections", "32")
-STREAM = ("--mode", "stream", "--connections", "384")
+STREAM = ("--mode", "stream", "--connections", "256")
 PACED = ("--mode", "paced", "--connections", "64", "--rate", "500")
 
 
@@ -136,13 +136,8 @@ def table(measured: dict[str, Any]) -> str:
             )
         )  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not i else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def started_peers(ports: list[int], folder: Path) -> list[Peer]:

@@ -25,7 +25,7 @@ BODY_BYTES = 6_000
 TASKS, SESSIONS = 8, 256
 """Requests of 256 sessions of 8 tasks, so that policies that look at prompts have something to see."""
 SYSTEM_BYTES = 2_000
-WARM_UP_S = 1.0
+WARM_UP_S = 2.0
 SEED = 3
 
 
@@ -80,6 +80,7 @@ class Connection(asyncio.Protocol):
         self._load = load
         self._received = b""
         self._missing: int | None = None
+        self._last = b""
         self._due = 0.0
         self._ok = True
 
@@ -110,7 +111,8 @@ class Connection(asyncio.Protocol):
                 self._missing = end + content_length(head) - len(self._received)
         elif self._missing > 0:
             self._missing -= len(data)
-        if self._missing == 0 or (self._missing < 0 and data.endswith(b"\r\n0\r\n\r\n")):
+        self._last = (self._last + data)[-7:]  # the end may come alone, or in parts
+        if self._missing == 0 or (self._missing < 0 and self._last == b"\r\n0\r\n\r\n"):
             self._load.finished(self, time.perf_counter() - self._due, self._ok)
 
 

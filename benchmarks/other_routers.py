@@ -77,6 +77,7 @@ def _from_pypi(
     urls = [f"http://127.0.0.1:{replica}" for replica in ports]
     command = [*prefix, str(PEERS / program), *verb, "--worker-urls", *urls, "--policy", policy]
     command += ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(free_port())]
+    command += ["--log-level", "error"]  # as ours: no line for each request
     return Peer(
         f"{program} {policy}", port, ChildProcess(command, folder / f"{program}-{policy}.log")
     )

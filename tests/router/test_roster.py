@@ -101,13 +101,15 @@ vllm:num_requests_waiting{engine="1",model_name="m"} 5.0
 vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 9.0
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5
 vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.25
+vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="1000"} 1.0
+vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="500"} 1.0
 process_start_time_seconds 1.7e+09
 """
 
 
 def test_gauges_of_an_engine_and_of_its_ranks() -> None:
-    assert parse_gauges(VLLM, None) == Gauges(7, 0.5, 1.7e9)
-    assert parse_gauges(VLLM, 1) == Gauges(5, 0.25, 1.7e9)
+    assert parse_gauges(VLLM, None) == Gauges(7, 0.5, 24_000, 1.7e9)
+    assert parse_gauges(VLLM, 1) == Gauges(5, 0.25, 8_000, 1.7e9)
     assert parse_gauges("sglang:num_queue_reqs 5", None) == Gauges()
 
 

@@ -16,6 +16,7 @@ from vllm_kvpool.router.keys import route_request
 from vllm_kvpool.router.least_load import LeastLoad
 from vllm_kvpool.router.metrics import Metrics
 from vllm_kvpool.router.policy import Policy
+from vllm_kvpool.router.prediction_ledger import PredictionLedger
 from vllm_kvpool.router.request import Request
 from vllm_kvpool.router.responses import error_body
 from vllm_kvpool.router.retries import RetryBudget
@@ -28,6 +29,7 @@ class Context:
     policy: Policy
     connections: Connections
     budget: RetryBudget
+    ledger: PredictionLedger
     metrics: Metrics
     report: Callable[[str, str], None]
     """Replica and error: it could not be reached."""

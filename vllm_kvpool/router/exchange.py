@@ -19,18 +19,21 @@ from vllm_kvpool.router.connections import ConnectFailed
 from vllm_kvpool.router.context import Context
 from vllm_kvpool.router.downstream import ClientConnection
 from vllm_kvpool.router.headers import for_rank, request_head, response_head
+from vllm_kvpool.router.policy import NO_HITS
 from vllm_kvpool.router.request import Request
-from vllm_kvpool.router.types import Decision, Replica, ReplicaState
+from vllm_kvpool.router.types import Decision, Hits, Replica, ReplicaState
 from vllm_kvpool.router.upstream import (
     ResponseHead,
     UpstreamConnection,
     UpstreamLost,
     UpstreamSilent,
 )
-from vllm_kvpool.router.usage import find_usage
+from vllm_kvpool.router.usage import Usage, find_usage
 
 logger = logging.getLogger(__name__)
 
+GENERATING = frozenset((b"/v1/chat/completions", b"/v1/completions", b"/v1/responses"))
+"""Their answers report the use of the cache."""
 TRY_ELSEWHERE = frozenset((429, 503))
 """The engine is full, or not ready."""
 
@@ -145,7 +148,9 @@ class Exchange:
             if request.method == b"HEAD":
                 connection.skip_body()
             await connection.relay_to(self._client, self._answer_head(head, decision, replica))
-            self._account(connection, head, replica)
+            if head.status == 200 and request.path in GENERATING:
+                hits = decision.hits if replica.id == decision.replica.id else NO_HITS
+                self._account(find_usage(connection.tail), replica, hits)
             return Outcome.ANSWERED
         finally:
             context.connections.give_back(replica.url, connection)
@@ -175,14 +180,16 @@ class Exchange:
         chunked = not self._request.http10
         return response_head(head.status, head.reason, head.headers, receipt, keep_chunked=chunked)
 
-    def _account(
-        self, connection: UpstreamConnection, head: ResponseHead, replica: Replica
-    ) -> None:
-        if head.status != 200 or self._request.method != b"POST":
-            return
-        usage = find_usage(connection.tail)
+    def _account(self, usage: Usage, replica: Replica, hits: Hits) -> None:
+        """What was cached, against what was predicted to be."""
         now = self._context.clock()
         self._policy.finished(self._route, replica.id, usage.cached_tokens, now)
+        prompt, cached = usage
+        warning = self._context.ledger.record(
+            self._policy.name, self._route, replica.id, hits, prompt, cached, now
+        )
+        if warning is not None:
+            logger.warning("%s", warning)
 
     # what went wrong ------------------------------------------------------------------------------
 

@@ -48,6 +48,13 @@ METRICS = {
     "lost_answers_total": Metric("counter", ("replica",), "Answers that broke off on the way."),
     "disconnects_total": Metric("counter", (), "Clients that left before their answer's end."),
     "first_byte_seconds": Metric("histogram", ("replica",), "From the whole request to the answer's head."),
+    "answers_total": Metric("counter", ("policy", "replica"), "Complete answers to prompts."),
+    "answers_unreported_total": Metric("counter", ("policy", "replica"), "Those without cached_tokens."),
+    "prompt_tokens_total": Metric("counter", ("policy", "replica"), "Prompt tokens, as engines report."),
+    "predicted_hit_tokens_total": Metric(
+        "counter", ("policy", "replica", "tier"), "Of them predicted to be cached."),
+    "reported_hit_tokens_total": Metric(
+        "counter", ("policy", "replica", "tier"), "Of them cached, as engines report."),
     "in_flight_requests": Metric("gauge", ("replica",), "Requests at the replica now."),
     "in_flight_tokens": Metric("gauge", ("replica",), "What they weigh, as the policy counts it."),
     "client_connections": Metric("gauge", (), "Open connections of clients."),

@@ -1,4 +1,4 @@
-"""Brings a worker's `Fleet` up to what the parent says, and tells the policy whose cache is lost."""
+"""Brings a worker's `Fleet` up to what the parent says, and tells policy and ledger what happened."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from vllm_kvpool.router.fleet import Fleet
 from vllm_kvpool.router.policy import Policy
+from vllm_kvpool.router.prediction_ledger import PredictionLedger
 from vllm_kvpool.router.roster import ReplicaStatus
 from vllm_kvpool.router.types import ReplicaState
 
@@ -13,10 +14,12 @@ from vllm_kvpool.router.types import ReplicaState
 class Mirror:
     """`suspects`: out, because this worker could not reach them, until the parent has looked."""
 
-    def __init__(self, fleet: Fleet, policy: Policy) -> None:
+    def __init__(self, fleet: Fleet, policy: Policy, ledger: PredictionLedger) -> None:
         self._fleet = fleet
         self._policy = policy
+        self._ledger = ledger
         self._restarts: dict[str, int] = {}
+        self._cache_tokens: dict[str, int] = {}
         self._suspects: dict[str, float] = {}
 
     def suspect(self, replica_id: str, until: float) -> None:
@@ -30,7 +33,7 @@ class Mirror:
         for member in list(self._fleet):
             status = wanted.get(member.replica.id)
             if status is None or status.replica != member.replica:
-                self._remove(member.replica.id)
+                self._remove(member.replica.id, now)
         for status in wanted.values():
             self._apply_one(status, now)
 
@@ -40,17 +43,30 @@ class Mirror:
         if member is None:
             member = self._fleet.add(status.replica)
             self._restarts[name] = status.restarts
+            self._ledger.noted("add", name, now)
         if self._restarts[name] != status.restarts:
             self._restarts[name] = status.restarts
             self._policy.forget(name)
+            self._ledger.noted("restart", name, now)
+        if status.state is ReplicaState.DRAINING and member.state is ReplicaState.ACCEPTING:
+            self._ledger.noted("drain", name, now)
+        self._resize(name, status.gauges.cache_tokens)
         suspected = now < self._suspects.get(name, 0.0)
         self._fleet.set_state(name, ReplicaState.OUT if suspected else status.state)
         self._fleet.set_share(name, status.share)
         member.waiting = status.gauges.waiting
         member.cache_usage = status.gauges.cache_usage
 
-    def _remove(self, replica_id: str) -> None:
+    def _resize(self, replica_id: str, cache_tokens: int | None) -> None:
+        if cache_tokens is not None and self._cache_tokens.get(replica_id) != cache_tokens:
+            self._cache_tokens[replica_id] = cache_tokens
+            self._policy.resize(replica_id, cache_tokens)
+
+    def _remove(self, replica_id: str, now: float) -> None:
         self._fleet.remove(replica_id)
         self._policy.forget(replica_id)
+        self._ledger.noted("remove", replica_id, now)
+        self._ledger.forget(replica_id)
         self._restarts.pop(replica_id, None)
+        self._cache_tokens.pop(replica_id, None)
         self._suspects.pop(replica_id, None)

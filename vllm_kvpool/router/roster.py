@@ -22,6 +22,8 @@ class Gauges(msgspec.Struct, frozen=True):
 
     waiting: float | None = None
     cache_usage: float | None = None
+    cache_tokens: int | None = None
+    """What its KV memory holds."""
     started_at: float | None = None
     """Unix time of its process: another one, and its cache is another."""
 

@@ -6,6 +6,8 @@ import re
 
 from vllm_kvpool.router.roster import Gauges
 
+_CACHE = re.compile(r"^vllm:cache_config_info\{([^}]*)\} 1", re.MULTILINE)
+_SIZES = re.compile(r'(block_size|num_gpu_blocks)="(\d+)"')
 _SAMPLE = re.compile(
     r"^(vllm:num_requests_waiting|vllm:kv_cache_usage_perc|process_start_time_seconds)"
     r"(?:\{([^}]*)\})? (\S+)",
@@ -26,5 +28,16 @@ def parse_gauges(text: str, rank: int | None) -> Gauges:
     return Gauges(
         sum(waiting) if waiting else None,
         max(usage) if usage else None,
+        _cache_tokens(text, rank),
         started[0] if started else None,
     )
+
+
+def _cache_tokens(text: str, rank: int | None) -> int | None:
+    """Of all ranks, where none is named, together."""
+    tokens = 0
+    for labels in _CACHE.findall(text):
+        if rank is None or "engine=" not in labels or f'engine="{rank}"' in labels:
+            sizes = {name: int(number) for name, number in _SIZES.findall(labels)}
+            tokens += sizes.get("block_size", 0) * sizes.get("num_gpu_blocks", 0)
+    return tokens or None

@@ -24,6 +24,7 @@ from vllm_kvpool.router.fleet import Fleet
 from vllm_kvpool.router.metrics import Metrics, Sample
 from vllm_kvpool.router.mirror import Mirror
 from vllm_kvpool.router.policies import make_policy
+from vllm_kvpool.router.prediction_ledger import PredictionLedger, Totals
 from vllm_kvpool.router.proxy import Proxy
 from vllm_kvpool.router.retries import RetryBudget
 
@@ -45,12 +46,20 @@ class Worker:
         config = start.config
         fleet = Fleet()
         policy = make_policy(config.policy)
-        self._mirror = Mirror(fleet, policy)
+        ledger = PredictionLedger()
+        self._mirror = Mirror(fleet, policy, ledger)
         self._mirror.apply(start.statuses, self._loop.time())
         self._connections = Connections(self._loop, config.connect_timeout_s)
         budget = RetryBudget(config.retry_share)
         self._context = Context(
-            fleet, policy, self._connections, budget, Metrics(), self._report, time.monotonic
+            fleet,
+            policy,
+            self._connections,
+            budget,
+            ledger,
+            Metrics(),
+            self._report,
+            time.monotonic,
         )
         self._proxy = Proxy(self._context, self._ask_metrics)
 
@@ -91,6 +100,8 @@ class Worker:
             name = (member.replica.id,)
             samples.append(("in_flight_requests", name, member.requests))
             samples.append(("in_flight_tokens", name, member.tokens))
+        for (policy, replica_id), totals in self._context.ledger.totals.items():
+            samples += _ledger_samples(policy, replica_id, totals)
         return samples
 
     async def _ask_metrics(self) -> str:
@@ -119,6 +130,19 @@ class Worker:
         give_up = self._loop.time() + self._config.drain_s
         while self._clients and self._loop.time() < give_up:
             await asyncio.sleep(0.05)
+
+
+def _ledger_samples(policy: str, replica_id: str, totals: Totals) -> list[Sample]:
+    labels = (policy, replica_id)
+    return [
+        ("answers_total", labels, totals.answers),
+        ("answers_unreported_total", labels, totals.unreported),
+        ("prompt_tokens_total", labels, totals.prompt),
+        ("predicted_hit_tokens_total", (*labels, "stable"), totals.predicted_stable),
+        ("predicted_hit_tokens_total", (*labels, "session"), totals.predicted_session),
+        ("reported_hit_tokens_total", (*labels, "stable"), totals.reported_stable),
+        ("reported_hit_tokens_total", (*labels, "session"), totals.reported_session),
+    ]
 
 
 async def _main(fd: int) -> None:
