@@ -16,7 +16,7 @@ import pytest
 import vllm_kvpool
 from vllm_kvpool import protocol
 from vllm_kvpool._native import PoolOwner
-from vllm_kvpool.config import ConnectorConfig, PoolConfig
+from vllm_kvpool.config import ConnectorConfig, PoolConfig, RouterConfig
 from vllm_kvpool.connector.hints import Hints
 from vllm_kvpool.pool.service import PoolService
 from vllm_kvpool.protocol import AnyReply, AnyRequest, Request
@@ -78,14 +78,16 @@ def test_limits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("heading", "config"), [("The daemon", PoolConfig), ("The engine", ConnectorConfig)]
+    ("heading", "config"),
+    [("The daemon", PoolConfig), ("The engine", ConnectorConfig), ("The router", RouterConfig)],
 )
 def test_config_fields_and_defaults(heading: str, config: type[msgspec.Struct]) -> None:
     described = tables(sections("configuration.md", "##")[heading])
     assert list(described) == list(config.__struct_fields__)
     for field, (default, _) in described.items():
         value = getattr(config(), field)
-        shown = str(value).lower() if isinstance(value, bool) else str(value)
+        shown = "" if value == () else str(value)
+        shown = shown.lower() if isinstance(value, bool) else shown
         assert default == (f"`{shown}`" if shown else "(none)"), field
 
 
@@ -206,10 +208,25 @@ def test_counters_of_stats(tmp_path: Path) -> None:
 # options ------------------------------------------------------------------------------------------
 
 
-def test_every_option_of_serve_has_a_help_text() -> None:
-    from vllm_kvpool.cli import SERVE_HELP
+def test_every_option_of_serve_and_route_has_a_help_text() -> None:
+    from vllm_kvpool.cli import ROUTE_HELP, SERVE_HELP
 
     assert list(SERVE_HELP) == list(PoolConfig.__struct_fields__)
+    assert list(ROUTE_HELP) == list(RouterConfig.__struct_fields__)
+
+
+def test_metrics_headers_and_admin_paths_of_the_router() -> None:
+    from vllm_kvpool.router import admin, exchange
+    from vllm_kvpool.router.metrics import METRICS
+
+    text = sections("routing.md", "##")
+    assert list(tables(text["Metrics"])) == list(METRICS)
+    headers = re.findall(r"(x-kvpool-[a-z-]+): %", Path(exchange.__file__).read_text())
+    assert list(tables(text["Receipts"])) == headers
+    paths = re.findall(r"web\.(get|post|delete)\(\"([^\"]+)", Path(admin.__file__).read_text())
+    assert list(tables(text["The fleet"]))[-len(paths) :] == [
+        f"{verb.upper()} {path}" for verb, path in paths
+    ]
 
 
 def test_example_of_the_protocol_runs(daemon_folder: Path) -> None:
