@@ -117,7 +117,7 @@ def test_metrics_of_workers_are_added_up() -> None:
     one, two = Metrics(), Metrics()
     for metrics, seconds in ((one, 0.003), (two, 0.003), (two, 1_000)):
         metrics.count("requests_total", 'a"b', "200")
-        metrics.observe("first_byte_seconds", seconds, "a")
+        metrics.observe(seconds, "first_byte_seconds", "a")
     lines = metrics_text([*one.samples(), *two.samples()]).splitlines()
     assert 'kvpool_router_requests_total{replica="a\\"b",status="200"} 3' in lines
     buckets = 'kvpool_router_first_byte_seconds_bucket{replica="a",le='

@@ -143,7 +143,7 @@ class Exchange:
             head = await connection.ask(self._head_for(replica), request.body)
             if head.status in TRY_ELSEWHERE and can_go_on and context.budget.available:
                 return Outcome.BUSY
-            context.metrics.observe("first_byte_seconds", context.clock() - self._began, replica.id)
+            context.metrics.observe(context.clock() - self._began, "first_byte_seconds", replica.id)
             context.metrics.count("requests_total", replica.id, str(head.status))
             if request.method == b"HEAD":
                 connection.skip_body()

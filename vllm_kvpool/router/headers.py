@@ -20,6 +20,7 @@ HOP_BY_HOP = frozenset(
 )
 """RFC 9110, 7.6.1. `transfer-encoding` is not here: response bodies are passed on as they are framed."""
 RANK_HEADER = b"x-data-parallel-rank"
+_NOT_CHUNKED = HOP_BY_HOP | {b"transfer-encoding"}
 _NOT_TO_ENGINES = HOP_BY_HOP | {b"host", b"content-length", b"transfer-encoding", b"expect"}
 
 
@@ -45,48 +46,50 @@ class RequestHeaders(Mapping[str, str]):
 
 def named_by_connection(headers: Iterable[Header]) -> frozenset[bytes]:
     """What `Connection:` names beside its own words is for one connection as well."""
-    names: set[bytes] = set()
+    names: frozenset[bytes] = frozenset()
     for name, value in headers:
         if len(name) == 10 and name.lower() == b"connection":
             names |= {option.strip().lower() for option in value.split(b",")}
-    return frozenset(names - {b"close", b"keep-alive"})
+    return names and names - {b"close", b"keep-alive"}
 
 
 def request_head(
     method: bytes, target: bytes, host: bytes, headers: list[Header], body_bytes: int | None
-) -> bytearray:
-    """Up to the blank line, which `finish` adds. `body_bytes` None: the request had no body at all."""
-    head = bytearray(b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (method, target, host))
-    left_out = _NOT_TO_ENGINES | named_by_connection(headers)
+) -> bytes:
+    """Up to the blank line, which `for_rank` adds. `body_bytes` None: there was no body at all."""
+    parts = [method, b" ", target, b" HTTP/1.1\r\nhost: ", host, b"\r\n"]
+    _add_lines(parts, headers, _NOT_TO_ENGINES)
+    if body_bytes is not None:
+        parts.append(b"content-length: %d\r\n" % body_bytes)
+    return b"".join(parts)
+
+
+def _add_lines(parts: list[bytes], headers: list[Header], left_out: frozenset[bytes]) -> None:
+    named = named_by_connection(headers)
+    if named:
+        left_out |= named
     for name, value in headers:
         if name.lower() not in left_out:
-            head += b"%b: %b\r\n" % (name, value)
-    if body_bytes is not None:
-        head += b"content-length: %d\r\n" % body_bytes
-    return head
+            parts += (name, b": ", value, b"\r\n")
 
 
-def for_rank(head: bytearray, headers: list[Header], rank: int | None) -> bytes:
+def for_rank(head: bytes, headers: list[Header], rank: int | None) -> bytes:
     """The finished head for one data-parallel rank. Where the replica has none, a client's choice
     of a rank is left alone."""
     if rank is None:
-        return bytes(head) + b"\r\n"
+        return head + b"\r\n"
     if any(name.lower() == RANK_HEADER for name, _ in headers):
-        lines = bytes(head).split(b"\r\n")
+        lines = head.split(b"\r\n")
         kept = [line for line in lines if not line.lower().startswith(RANK_HEADER + b":")]
-        head = bytearray(b"\r\n".join(kept))
-    return b"%b%b: %d\r\n\r\n" % (bytes(head), RANK_HEADER, rank)
+        head = b"\r\n".join(kept)
+    return b"%b%b: %d\r\n\r\n" % (head, RANK_HEADER, rank)
 
 
 def response_head(
     status: int, reason: bytes, headers: list[Header], added: bytes, *, keep_chunked: bool
 ) -> bytes:
     """A replica's head for the client. `added`: whole lines."""
-    head = bytearray(b"HTTP/1.1 %d %b\r\n" % (status, reason))
-    left_out = HOP_BY_HOP | named_by_connection(headers)
-    if not keep_chunked:
-        left_out |= {b"transfer-encoding"}
-    for name, value in headers:
-        if name.lower() not in left_out:
-            head += b"%b: %b\r\n" % (name, value)
-    return bytes(head) + added + b"\r\n"
+    parts = [b"HTTP/1.1 %d " % status, reason, b"\r\n"]
+    _add_lines(parts, headers, HOP_BY_HOP if keep_chunked else _NOT_CHUNKED)
+    parts += (added, b"\r\n")
+    return b"".join(parts)

@@ -28,6 +28,7 @@ SECONDS = (
     30.0,
     120.0,
 )
+BOUNDS = (*(f"{second:g}" for second in SECONDS), "+Inf")
 
 Sample = tuple[str, tuple[str, ...], float]
 """Name, the values of its labels, value. Histograms are three names: `_bucket`, `_sum`, `_count`."""
@@ -67,26 +68,42 @@ METRICS = {
 }  # fmt: skip
 
 
+class Histogram:
+    """Observations by the first bound that they do not exceed, and their sum."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(SECONDS) + 1)
+        self.total = 0.0
+
+
 class Metrics:
     """The counters of one process."""
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._counts: dict[tuple[str, ...], float] = {}
+        self._histograms: dict[tuple[str, ...], Histogram] = {}
 
-    def count(self, name: str, *labels: str, by: float = 1) -> None:
-        key = (name, labels)
-        self._counts[key] = self._counts.get(key, 0) + by
+    def count(self, *name_and_labels: str) -> None:
+        self._counts[name_and_labels] = self._counts.get(name_and_labels, 0) + 1
 
-    def observe(self, name: str, seconds: float, *labels: str) -> None:
-        place = bisect_left(SECONDS, seconds)
-        bound = f"{SECONDS[place]:g}" if place < len(SECONDS) else "+Inf"
-        self.count(name + "_bucket", *labels, bound)
-        self.count(name + "_sum", *labels, by=seconds)
-        self.count(name + "_count", *labels)
+    def observe(self, seconds: float, *name_and_labels: str) -> None:
+        histogram = self._histograms.get(name_and_labels)
+        if histogram is None:
+            histogram = self._histograms[name_and_labels] = Histogram()
+        histogram.counts[bisect_left(SECONDS, seconds)] += 1
+        histogram.total += seconds
 
     def samples(self) -> list[Sample]:
         """Buckets are not added up yet: `metrics_text` does."""
-        return [(name, labels, value) for (name, labels), value in self._counts.items()]
+        samples: list[Sample] = [(n, tuple(labels), v) for (n, *labels), v in self._counts.items()]
+        for (name, *labels), histogram in self._histograms.items():
+            for bound, number in zip(BOUNDS, histogram.counts, strict=True):
+                samples.append((f"{name}_bucket", (*labels, bound), number))
+            samples.append((f"{name}_sum", tuple(labels), histogram.total))
+            samples.append((f"{name}_count", tuple(labels), sum(histogram.counts)))
+        return samples
 
 
 def metrics_text(samples: Iterable[Sample]) -> str:
@@ -122,7 +139,7 @@ def _histogram(
     buckets: dict[tuple[str, ...], float] = {}
     for values in sorted({key[:-1] for key in counts}):
         total = 0.0
-        for bound in [*(f"{second:g}" for second in SECONDS), "+Inf"]:
+        for bound in BOUNDS:
             total += counts.get((*values, bound), 0)
             buckets[*values, bound] = total
     lines = [
