@@ -44,7 +44,7 @@ class Rendezvous:
         self._version = -1
         self._members: tuple[Member, ...] = ()
         self._own_hash: dict[Member, int] = {}
-        """As `mix` takes it on its right."""
+        """In the order of `_members`; odd, so that multiplying loses nothing."""
         self._orders: OrderedDict[tuple[int, int, int], tuple[Member, ...]] = OrderedDict()
 
     def order(self, key: int, fleet: Fleet) -> tuple[Member, ...]:
@@ -65,14 +65,13 @@ class Rendezvous:
             if member.state is ReplicaState.ACCEPTING or (
                 member.state is ReplicaState.DRAINING and member.replica.id == bound_to
             ):
-                (found if self._has_part(key, member) else later).append(member)
+                whole = member.share >= 1 or self._has_part(key, member)
+                (found if whole else later).append(member)
                 if len(found) == MAX_CANDIDATES:
                     return found
         return (found + later)[:MAX_CANDIDATES]
 
     def _has_part(self, key: int, member: Member) -> bool:
-        if member.share >= 1:
-            return True
         salted = mix(key, self._seed ^ _MIX_1)
         return mix(salted, hash64(member.replica.id.encode())) < member.share * MASK
 
@@ -101,14 +100,17 @@ class Rendezvous:
         self._fleet, self._version = fleet, fleet.version
         self._orders.clear()
         self._members = tuple(fleet)
-        self._own_hash = {m: hash64(m.replica.id.encode()) ^ _MIX_2 for m in fleet}
+        self._own_hash = {m: hash64(m.replica.id.encode()) | 1 for m in fleet}
 
     def _ranked(self, key: int, members: Sequence[Member]) -> list[Member]:
-        """The 128-bit products of `mix`, written out: 64 calls would be half of a decision's time."""
-        salted = mix(key, self._seed) ^ _MIX_1
+        """By the low 64 bits of key times member: one multiplication each, since there are 64 of them
+        in the time of a decision. Both are hashes, so nothing more needs mixing."""
+        salted = mix(key, self._seed) | 1
         own = self._own_hash
-        products = [salted * own[member] for member in members]
-        scores = [(product ^ (product >> 64)) & MASK for product in products]
+        if members is self._members:
+            scores = [salted * value & MASK for value in own.values()]
+        else:
+            scores = [salted * own[member] & MASK for member in members]
         falling = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         return [members[i] for i in falling]
 

@@ -17,7 +17,7 @@ DEFAULT_BLOCKS = 4_096
 
 
 class CacheTree:
-    """At most the sum of all capacities in entries of about 300 bytes."""
+    """At most the sum of all capacities in entries of about 200 bytes."""
 
     def __init__(self, default_blocks: int = DEFAULT_BLOCKS) -> None:
         self._default_blocks = default_blocks

@@ -233,6 +233,7 @@ def test_what_is_no_batch_is_refused(payload: bytes) -> None:
         event_wire.decode(payload)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(payload: bytes) -> None:
     try:

@@ -64,6 +64,7 @@ def test_a_deep_body_is_taken() -> None:
     of({"messages": [{"role": "user", "content": deep}], "tools": deep, "prompt": deep})
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=300), min_size=1, max_size=8), st.text(max_size=300))
 def test_a_conversation_grows_at_its_end(texts: list[str], more: str) -> None:
     before, after = of(chat(*texts)), of(chat(*texts, more))
@@ -71,6 +72,7 @@ def test_a_conversation_grows_at_its_end(texts: list[str], more: str) -> None:
     assert (after.session, after.stable) == (before.session, before.stable)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=4_000).map(lambda b: b.hex()), st.data())
 def test_blocks_are_equal_exactly_as_far_as_the_text_is(text: str, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(text) - 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.router.values import fleet_of
@@ -25,6 +25,7 @@ def ids(rendezvous: Rendezvous, key: int, fleet: Fleet) -> list[str]:
     return [member.replica.id for member in rendezvous.order(key, fleet)]
 
 
+@settings(deadline=None)
 @given(names, keys)
 def test_who_goes_changes_nothing_among_the_others(ids_of_fleet: set[str], key: int) -> None:
     fleet = fleet_named(ids_of_fleet)
@@ -34,6 +35,7 @@ def test_who_goes_changes_nothing_among_the_others(ids_of_fleet: set[str], key: 
     assert ids(Rendezvous(), key, fleet) == [name for name in before if name != gone]
 
 
+@settings(deadline=None)
 @given(names, keys, st.integers(0, 3))
 def test_every_router_orders_alike(ids_of_fleet: set[str], key: int, seed: int) -> None:
     """However the fleet came about."""
@@ -44,6 +46,7 @@ def test_every_router_orders_alike(ids_of_fleet: set[str], key: int, seed: int) 
     assert ids(Rendezvous(seed), key, one) == ids(Rendezvous(seed), key, other)
 
 
+@settings(deadline=None)
 @given(names, keys, keys, st.data())
 def test_a_group_is_ordered_by_the_session_and_the_rest_by_the_task(
     ids_of_fleet: set[str], key: int, group: int, data: st.DataObject
@@ -63,6 +66,16 @@ def test_keys_spread_evenly() -> None:
     firsts = Counter(ids(rendezvous, key, fleet)[0] for key in KEYS)
     assert len(firsts) == 16
     assert max(firsts.values()) < 1.25 * len(KEYS) / 16
+
+
+def test_every_order_is_as_likely() -> None:
+    """Of four replicas there are 24."""
+    fleet, rendezvous = fleet_of(4), Rendezvous()
+    orders = Counter(tuple(ids(rendezvous, key, fleet)) for key in KEYS)
+    expected = len(KEYS) / 24
+    assert len(orders) == 24
+    chi_squared = sum((count - expected) ** 2 / expected for count in orders.values())
+    assert chi_squared < 50  # 23 degrees of freedom: one in a thousand is above
 
 
 def test_one_more_takes_its_part_from_each() -> None:
