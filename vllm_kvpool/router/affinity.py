@@ -51,9 +51,10 @@ class Affinity(Policy):
         candidates: Sequence[Member],
         bound: Bound,
         above: int,
-    ) -> tuple[Member, str] | None:
-        """The lightest of those that hold the most, more than `above`, and may take it. Where there
-        are many (of a prefix that all of the fleet has), only candidates are looked at."""
+    ) -> tuple[Member, str, int] | None:
+        """The lightest of those that hold the most, more than `above`, and may take it; with the reason
+        and the tokens. Where there are many (of a prefix that all of the fleet has), only candidates
+        are looked at."""
         for hit_tokens, ids, reason in self._holders(request, above):
             if len(ids) > MAX_CANDIDATES:
                 able = [member for member in candidates if member.replica.id in ids]
@@ -61,7 +62,7 @@ class Affinity(Policy):
                 able = [m for m in map(fleet.get, ids) if m and self._may_take(request, m)]
             allowed = [member for member in able if bound.allows(member, hit_tokens)]
             if allowed:
-                return lightest(allowed), reason
+                return lightest(allowed), reason, hit_tokens
         return None
 
     def _may_take(self, request: RouteRequest, member: Member) -> bool:
@@ -71,9 +72,14 @@ class Affinity(Policy):
         return bound and member.state is ReplicaState.DRAINING
 
     def _decision(
-        self, request: RouteRequest, chosen: Member, reason: str, candidates: list[Member]
+        self,
+        request: RouteRequest,
+        chosen: Member,
+        reason: str,
+        hit_tokens: int,
+        candidates: Sequence[Member],
     ) -> Decision:
-        cached = min(self._hit_tokens(request, chosen.replica.id), request.prompt_tokens)
+        cached = min(hit_tokens, request.prompt_tokens)
         stable = min(cached, request.stable_tokens)
         hits = Hits(stable, cached - stable)
         others = fallbacks(candidates, chosen)

@@ -22,5 +22,7 @@ class CacheAware(Affinity):
             return None
         above = worth(request, 0)
         best = self._best_holder(request, fleet, candidates, Bound(fleet), above)
-        member, reason = best or (lightest(candidates), "load")
-        return self._decision(request, member, reason, candidates)
+        if best is None:
+            member = lightest(candidates)
+            best = member, "load", self._hit_tokens(request, member.replica.id)
+        return self._decision(request, *best, candidates)

@@ -29,20 +29,18 @@ class Task(Affinity):
         if not candidates:
             return None
         bound = Bound(fleet)
-        home = candidates[0]
-        hit_tokens = self._hit_tokens(request, home.replica.id)
-        member, reason = home, "session"
-        if bound.allows(home, hit_tokens):
-            # tier 1 does not count here: where it is to be computed is what the group says
-            above = max(worth(request, hit_tokens), request.stable_tokens)
-        else:
+        member, reason = candidates[0], "session"
+        hit_tokens = self._hit_tokens(request, member.replica.id)
+        above = worth(request, hit_tokens)
+        if not bound.allows(member, hit_tokens):
             allowed = (member for member in candidates if bound.allows(member))
             member, reason = next(allowed, None) or lightest(candidates), "overflow"
-            above = max(worth(request, 0), request.stable_tokens)
+            hit_tokens = self._hit_tokens(request, member.replica.id)
+            above = worth(request, 0)
+        # tier 1 does not count: where it is to be computed is what the group says
+        above = max(above, request.stable_tokens)
         best = self._best_holder(request, fleet, candidates, bound, above)
-        if best:
-            member, reason = best
-        return self._decision(request, member, reason, candidates)
+        return self._decision(request, *(best or (member, reason, hit_tokens)), candidates)
 
     def _order(self, request: RouteRequest, fleet: Fleet) -> tuple[Member, ...]:
         if not request.stable_tokens:  # nothing to keep together
