@@ -37,6 +37,7 @@ ROUTE_HELP = {
     "for a name; or dns://host:port for all addresses of a name",
     "fleet": "TOML file with further replicas, read again when it changes",
     "policy": "how a replica is chosen",
+    "kv_events": "ports at the replicas' hosts of KV events and of their replay, as in 5557,6557",
     "listen": "where clients connect",
     "admin": "where `vllm-kvpool fleet` does; empty: nowhere",
     "workers": "processes that share the port",

@@ -182,6 +182,9 @@ class RouterConfig(_Config, frozen=True, kw_only=True):
     """TOML file with further `replicas`, read again when it changes."""
     policy: str = "task"
     """How a replica is chosen: `docs/routing.md`."""
+    kv_events: str = ""
+    """Ports at the replicas' hosts of KV events and of their replay, as in "5557,6557": policy
+    `kv_events` follows them."""
     listen: str = "127.0.0.1:8080"
     """Where clients connect."""
     admin: str = "127.0.0.1:8081"
@@ -209,6 +212,8 @@ class RouterConfig(_Config, frozen=True, kw_only=True):
         if parse_size("max_body", self.max_body, 0) <= 0:
             raise ConfigError("max_body", self.max_body, 'give a size like "32MiB"')
         parse_listen("listen", self.listen)
+        if self.kv_events:
+            parse_ports("kv_events", self.kv_events)
         if self.admin:
             parse_listen("admin", self.admin)
         if self.workers < 1:
@@ -222,6 +227,15 @@ class RouterConfig(_Config, frozen=True, kw_only=True):
 
 
 _TIMES = ("client_timeout_s", "connect_timeout_s", "response_timeout_s", "probe_interval_s")
+
+
+def parse_ports(field: str, text: str) -> tuple[int, int]:
+    """Two of them, as in "5557,6557"."""
+    match = re.fullmatch(r"(\d{1,5}),(\d{1,5})", text)
+    ports = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not all(0 < port < 65_536 for port in ports):
+        raise ConfigError(field, text, 'give the ports of events and of their replay: "5557,6557"')
+    return ports
 
 
 def parse_listen(field: str, text: str) -> tuple[str, int]:

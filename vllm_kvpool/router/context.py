@@ -20,6 +20,7 @@ from vllm_kvpool.router.prediction_ledger import PredictionLedger
 from vllm_kvpool.router.request import Request
 from vllm_kvpool.router.responses import error_body
 from vllm_kvpool.router.retries import RetryBudget
+from vllm_kvpool.router.tokens import Tokens
 from vllm_kvpool.router.types import Decision, RouteRequest
 
 
@@ -34,6 +35,8 @@ class Context:
     report: Callable[[str, str], None]
     """Replica and error: it could not be reached."""
     clock: Callable[[], float]
+    tokens: Tokens | None = None
+    """Where the policy needs them."""
     no_prompt: Policy = field(default_factory=LeastLoad)
     """For requests without a JSON body: nothing of them is cached anywhere."""
 
@@ -42,6 +45,16 @@ class Context:
         body = _parse(request.body) if request.body else None
         route = route_request(body, RequestHeaders(request.headers))
         return route, self.policy if isinstance(body, dict) else self.no_prompt
+
+    async def with_tokens(self, request: Request, route: RouteRequest) -> RouteRequest:
+        """For a policy that needs them, as far as somebody knows them."""
+        if self.tokens is None:
+            return route
+        tokens = route.tokens or await self.tokens.of(_parse(request.body))
+        try:
+            return self.policy.with_tokens(route, tokens) if tokens else route
+        except ValueError:  # not what an engine answers
+            return route
 
     def decide(self, route: RouteRequest, policy: Policy) -> Decision | None:
         return policy.decide(route, self.fleet, self.clock())

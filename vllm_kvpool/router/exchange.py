@@ -58,6 +58,8 @@ class Exchange:
     async def run(self) -> None:
         """Returns when the client has its answer, or an error in its place."""
         context = self._context
+        if self._policy.needs_tokens:
+            self._route = await context.with_tokens(self._request, self._route)
         decision = context.decide(self._route, self._policy)
         if decision is None:
             context.reject_for_now(self._client, "no replica takes requests now")

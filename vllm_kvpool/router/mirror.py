@@ -47,6 +47,7 @@ class Mirror:
         if self._restarts[name] != status.restarts:
             self._restarts[name] = status.restarts
             self._policy.forget(name)
+            self._cache_tokens.pop(name, None)  # forgotten with the rest: to be told again
             self._ledger.noted("restart", name, now)
         if status.state is ReplicaState.DRAINING and member.state is ReplicaState.ACCEPTING:
             self._ledger.noted("drain", name, now)

@@ -66,6 +66,8 @@ class Proxy:
     async def _route(self, request: Request, client: ClientConnection) -> None:
         """The decision alone. Nothing is counted, and the policy is told nothing."""
         route, policy = self._context.route(request)
+        if policy.needs_tokens:
+            route = await self._context.with_tokens(request, route)
         decision = self._context.decide(route, policy)
         if decision is None:
             self._context.reject_for_now(client, "no replica takes requests now")

@@ -15,18 +15,21 @@ import time
 
 import uvloop
 
-from vllm_kvpool.config import RouterConfig, parse_listen, parse_size
+from vllm_kvpool.config import RouterConfig, parse_listen, parse_ports, parse_size
 from vllm_kvpool.router import control
 from vllm_kvpool.router.connections import Connections
 from vllm_kvpool.router.context import Context
 from vllm_kvpool.router.downstream import ClientConnection
+from vllm_kvpool.router.event_feed import EventFeed
 from vllm_kvpool.router.fleet import Fleet
+from vllm_kvpool.router.kv_events import KvEvents
 from vllm_kvpool.router.metrics import Metrics, Sample
 from vllm_kvpool.router.mirror import Mirror
 from vllm_kvpool.router.policies import make_policy
 from vllm_kvpool.router.prediction_ledger import PredictionLedger, Totals
 from vllm_kvpool.router.proxy import Proxy
 from vllm_kvpool.router.retries import RetryBudget
+from vllm_kvpool.router.tokens import Tokens
 
 LOOK_S = 0.25
 """Between two looks for what waits too long."""
@@ -49,6 +52,10 @@ class Worker:
         ledger = PredictionLedger()
         self._mirror = Mirror(fleet, policy, ledger)
         self._mirror.apply(start.statuses, self._loop.time())
+        self._feed: EventFeed | None = None
+        if isinstance(policy, KvEvents) and config.kv_events:
+            self._feed = EventFeed(policy.events, parse_ports("kv_events", config.kv_events))
+            self._feed.sync(fleet)
         self._connections = Connections(self._loop, config.connect_timeout_s)
         budget = RetryBudget(config.retry_share)
         self._context = Context(
@@ -60,6 +67,7 @@ class Worker:
             Metrics(),
             self._report,
             time.monotonic,
+            Tokens(fleet) if policy.needs_tokens else None,
         )
         self._proxy = Proxy(self._context, self._ask_metrics)
 
@@ -78,6 +86,10 @@ class Worker:
                 break
             self._obey(message)
         looking.cancel()
+        if self._feed:
+            await self._feed.close()
+        if self._context.tokens:
+            await self._context.tokens.close()
 
     def _connection(self) -> ClientConnection:
         limit = parse_size("max_body", self._config.max_body, 0)
@@ -87,6 +99,8 @@ class Worker:
         match message:
             case control.Statuses(statuses):
                 self._mirror.apply(statuses, self._loop.time())
+                if self._feed:
+                    self._feed.sync(self._context.fleet)
             case control.Collect(number):
                 self._channel.send(control.Samples(number, self._samples()))
             case control.MetricsText(number, text):
