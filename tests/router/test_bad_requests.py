@@ -18,6 +18,30 @@ MakeRouter = Callable[..., RouterUnderTest]
 BODY = json.dumps(chat_body()).encode()
 
 
+@pytest.fixture(scope="module")
+def replica() -> Iterator[FakeReplica]:
+    with FakeReplica() as replica:
+        yield replica
+
+
+@pytest.fixture(autouse=True)
+def fresh(replica: FakeReplica) -> None:
+    replica.behave = answer()
+    replica.requests.clear()
+    replica.gone = 0
+
+
+@pytest.fixture(scope="module")
+def router(
+    replica: FakeReplica, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RouterUnderTest]:
+    """One for all of them: what it survives it survives in any order."""
+    log = tmp_path_factory.mktemp("bad") / "router.log"
+    with RouterUnderTest(log, "--drain-s", "5", replica.url) as router:
+        yield router
+        assert "Traceback" not in log.read_text()
+
+
 @pytest.fixture
 def healthy(router: RouterUnderTest) -> Iterator[RouterUnderTest]:
     """Others are served before and after, on connections of their own."""

@@ -73,7 +73,8 @@ def test_its_sessions_spread_over_all_others_and_come_back(
     make_router: MakeRouter, make_replica: Callable[..., FakeReplica]
 ) -> None:
     many = [make_replica() for _ in range(5)]
-    router = make_router(*many, options=("--policy", "session"))
+    named = [f"r{number}={replica.url}" for number, replica in enumerate(many)]
+    router = make_router(*named, options=("--policy", "session"))
 
     def homes() -> dict[int, str]:
         names = ((number, {"X-Session-ID": str(number)}) for number in range(100))
@@ -84,11 +85,11 @@ def test_its_sessions_spread_over_all_others_and_come_back(
 
     before = homes()
     many[0].die()
-    router.wait_state(many[0].id, "out")
+    router.wait_state("r0", "out")
     without = homes()
     moved = [number for number in before if before[number] != without[number]]
-    assert moved == [number for number in before if before[number] == many[0].id]
+    assert moved == [number for number in before if before[number] == "r0"]
     assert len({without[number] for number in moved}) == 4
     many[0].open()
-    router.wait_state(many[0].id, "accepting")
+    router.wait_state("r0", "accepting")
     assert homes() == before
