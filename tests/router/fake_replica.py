@@ -146,6 +146,9 @@ class FakeReplica:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._server.is_serving():  # it was accepted, and then we died
+            writer.transport.abort()
+            return
         self._tasks.add(asyncio.current_task())
         try:
             while not writer.is_closing():

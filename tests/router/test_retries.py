@@ -128,3 +128,14 @@ def test_no_retries_at_all(make_router: MakeRouter, replicas: list[FakeReplica])
 def test_nobody_there_at_all(make_router: MakeRouter) -> None:
     router = make_router("http://127.0.0.1:1")
     assert router.ask(CHAT, {"prompt": "x"}).status == 503
+
+
+def test_a_busy_engine_is_the_answer_when_the_others_are_out(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    replicas[0].behave = answer(429)
+    for replica in replicas[1:]:
+        replica.die()
+    router = make_router(*replicas, options=TURNS)
+    assert router.chat().status == 429
+    assert router.metric("retries_total") == 0

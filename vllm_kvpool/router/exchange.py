@@ -54,6 +54,8 @@ class Exchange:
         self._route, self._policy = context.route(request)
         self._began = context.clock()
         self._retries = 0
+        self._rest: list[Replica] = []
+        """Whom the decision names and nobody has tried, best first."""
 
     async def run(self) -> None:
         """Returns when the client has its answer, or an error in its place."""
@@ -67,40 +69,45 @@ class Exchange:
         context.metrics.count("decisions_total", decision.reason)
         context.budget.earn()
         replica: Replica | None = decision.replica
-        rest = list(decision.fallbacks)
+        self._rest = list(decision.fallbacks)
         while replica is not None:
-            outcome = await self._attempt(decision, replica, can_go_on=bool(rest))
+            outcome = await self._attempt(decision, replica)
             if outcome is Outcome.ANSWERED:
                 return
-            replica = self._next(replica, rest, outcome)
+            replica = self._next(replica, outcome)
         context.reject(self._client, 502, "no replica could be reached")
 
-    def _next(self, failed: Replica, rest: list[Replica], outcome: Outcome) -> Replica | None:
+    def _next(self, failed: Replica, outcome: Outcome) -> Replica | None:
         """The best replica that is left, if one is and the budget allows it."""
         metrics = self._context.metrics
+        if not self._others_left():
+            return None
+        if not self._context.budget.spend():
+            metrics.count("retries_refused_total")
+            return None
+        metrics.count("retries_total", failed.id, outcome.value)
+        self._retries += 1
+        return self._rest.pop(0)
+
+    def _others_left(self) -> bool:
+        """Leaves out those that have gone or are out by now."""
+        fleet, rest = self._context.fleet, self._rest
         while rest:
-            replica = rest.pop(0)
-            member = self._context.fleet.get(replica.id)
-            if member is None or member.state is ReplicaState.OUT:
-                continue
-            if not self._context.budget.spend():
-                metrics.count("retries_refused_total")
-                return None
-            metrics.count("retries_total", failed.id, outcome.value)
-            self._retries += 1
-            return replica
-        return None
+            member = fleet.get(rest[0].id)
+            if member is not None and member.state is not ReplicaState.OUT:
+                return True
+            rest.pop(0)
+        return False
 
     # one attempt ----------------------------------------------------------------------------------
 
-    async def _attempt(self, decision: Decision, replica: Replica, *, can_go_on: bool) -> Outcome:
+    async def _attempt(self, decision: Decision, replica: Replica) -> Outcome:
         fleet = self._context.fleet
         if replica.id not in fleet:  # gone while another replica was tried
             return Outcome.UNREACHABLE
         load = fleet.add_load(replica.id, decision.load_tokens)
-        self._policy.dispatched(self._route, replica.id, self._context.clock())
         try:
-            return await self._send(decision, replica, can_go_on)
+            return await self._send(decision, replica)
         except UpstreamSilent as error:
             self._give_up(replica, str(error))
         except (ConnectFailed, UpstreamLost) as error:
@@ -112,11 +119,11 @@ class Exchange:
             fleet.release_load(load)
         return Outcome.ANSWERED
 
-    async def _send(self, decision: Decision, replica: Replica, can_go_on: bool) -> Outcome:
+    async def _send(self, decision: Decision, replica: Replica) -> Outcome:
         connection = self._take(replica)
         if connection is not None:
             try:
-                return await self._converse(connection, decision, replica, can_go_on)
+                return await self._converse(connection, decision, replica)
             except UpstreamSilent:
                 raise
             except UpstreamLost:
@@ -124,7 +131,7 @@ class Exchange:
                     raise
                 # It was idle, and its end had not come in yet: says nothing of the replica.
         connection = await self._open(replica)
-        return await self._converse(connection, decision, replica, can_go_on)
+        return await self._converse(connection, decision, replica)
 
     def _take(self, replica: Replica) -> UpstreamConnection | None:
         return None if self._request.http10 else self._context.connections.take(replica.url)
@@ -134,16 +141,14 @@ class Exchange:
         return await connections.open(replica.url, unchunked=self._request.http10)
 
     async def _converse(
-        self,
-        connection: UpstreamConnection,
-        decision: Decision,
-        replica: Replica,
-        can_go_on: bool,
+        self, connection: UpstreamConnection, decision: Decision, replica: Replica
     ) -> Outcome:
         context, request = self._context, self._request
         try:
-            head = await connection.ask(self._head_for(replica), request.body)
-            if head.status in TRY_ELSEWHERE and can_go_on and context.budget.available:
+            answer = connection.ask(self._head_for(replica), request.body)
+            self._policy.dispatched(self._route, replica.id, context.clock())
+            head = await answer
+            if head.status in TRY_ELSEWHERE and context.budget.available and self._others_left():
                 return Outcome.BUSY
             context.metrics.observe(context.clock() - self._began, "first_byte_seconds", replica.id)
             context.metrics.count("requests_total", replica.id, str(head.status))
