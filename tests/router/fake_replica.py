@@ -136,6 +136,9 @@ class FakeReplica:
         self._do(self._die())
 
     async def _die(self) -> None:
+        for listening in self._server.sockets:
+            self._loop.remove_reader(listening.fileno())
+        await asyncio.sleep(0.02)  # asyncio forgets to close what it accepted before a close()
         self._server.close()
         tasks = list(self._tasks)
         for task in tasks:

@@ -90,7 +90,7 @@ def test_killing_a_replica_loses_no_request_without_a_first_byte(
         waiting = replicas[0].in_flight
         replicas[0].die()
         got = [answer.result() for answer in answers]
-    assert [answer.status for answer in got] == [200] * 30
+    assert [answer.status for answer in got] == [200] * 30, router.log.read_text()
     assert router.metric("retries_total") >= waiting
     router.wait_idle()
 

@@ -106,6 +106,8 @@ class Exchange:
         if replica.id not in fleet:  # gone while another replica was tried
             return Outcome.UNREACHABLE
         load = fleet.add_load(replica.id, decision.load_tokens)
+        # before anything is awaited: requests that come in meanwhile have to know of this one
+        self._policy.dispatched(self._route, replica.id, self._context.clock())
         try:
             return await self._send(decision, replica)
         except UpstreamSilent as error:
@@ -145,9 +147,7 @@ class Exchange:
     ) -> Outcome:
         context, request = self._context, self._request
         try:
-            answer = connection.ask(self._head_for(replica), request.body)
-            self._policy.dispatched(self._route, replica.id, context.clock())
-            head = await answer
+            head = await connection.ask(self._head_for(replica), request.body)
             if head.status in TRY_ELSEWHERE and context.budget.available and self._others_left():
                 return Outcome.BUSY
             context.metrics.observe(context.clock() - self._began, "first_byte_seconds", replica.id)
