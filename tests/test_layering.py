@@ -22,20 +22,22 @@ PACKAGE = "vllm_kvpool"
 LAYERS = {
     1: {"", "types", "errors", "config", "paths", "clock", "liveness", "keys", "_native"},
     2: {"protocol"},
-    3: {"client", "channel", "ledger", "launch", "pool"},
+    3: {"client", "channel", "ledger", "launch", "curve", "pool"},
     4: {"connector", "router", "pool.daemon", "pool.serve"},
     5: {"cli", "__main__"},
 }
 CORNERS = ("connector", "router", "pool")
 """They never import each other: they meet in `protocol`."""
+ON_THE_WIRE = ("pool.daemon", "pool.exchange", "pool.outbox", "pool.peer", "pool.peer_door")
 ONLY_IN = {
     "vllm": ("connector",),
     "torch": ("connector",),
     "numpy": ("connector",),
     "aiohttp": ("router",),
-    "zmq": ("channel", "pool.daemon", "router"),
+    "zmq": ("channel", "curve", "router", *ON_THE_WIRE),
+    "redis": ("pool.directory",),
 }
-PURE = ("types", "protocol", "ledger", "pool.sessions")
+PURE = ("types", "protocol", "ledger", "pool.sessions", "pool.anchors")
 IMPURE = {"os", "time", "socket", "pathlib", "subprocess", "threading", "zmq", "_native", "clock"}
 
 MODULES = sorted(ROOT.rglob("*.py"))
@@ -112,7 +114,7 @@ def test_pure_modules_do_no_io_and_read_no_clock(module: str) -> None:
 def test_daemon_and_client_load_neither_vllm_nor_torch() -> None:
     code = (
         "import sys, vllm_kvpool.cli, vllm_kvpool.client, vllm_kvpool.launch;"
-        "print(sorted({'vllm', 'torch', 'numpy', 'aiohttp'} & set(sys.modules)))"
+        "print(sorted({'vllm', 'torch', 'numpy', 'aiohttp', 'redis'} & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

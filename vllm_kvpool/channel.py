@@ -41,6 +41,11 @@ class Channel:
         self._socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
         self._socket.connect(endpoint)
 
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """For pollers."""
+        return self._socket
+
     def send(self, request: AnyRequest, wait_ms: int = 0) -> bool:
         """False: there is no connection now, or the daemon has not taken the last
         `QUEUE_MESSAGES`."""

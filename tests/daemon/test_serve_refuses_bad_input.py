@@ -21,7 +21,7 @@ from helpers import run_cli
         (["--name", ""], ["name = ''"]),
         (["--name", "../x"], ["name = '../x'", "no slash"]),
         (["--numa", "zero"], ["numa = 'zero'", '"0,1"']),
-        (["--listen", "tcp://*:5555"], ["listen = 'tcp://*:5555'", "ipc://"]),
+        (["--listen", "tcp://*:5555"], ["listen = 'tcp://*:5555'", "--insecure"]),
         (["--listen", "ipc:///no/such/folder/x.sock"], ["listen = 'ipc:///no/such/folder/x.sock'"]),
         (["--min-block", "64GiB"], ["do not fit"]),
         (["--unknown", "1"], ["unrecognized arguments"]),
