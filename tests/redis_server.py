@@ -52,11 +52,17 @@ class RedisServer:
         password = self.password or None
         return redis.Redis(host=self.host, port=self.port, password=password, socket_timeout=5)
 
+    def command(self) -> list[str]:
+        where = ["--port", str(self.port), "--bind", self.host, "--dir", str(self.folder)]
+        return [redis_program(), *where, "--save", "", *self.options]
+
     def start(self) -> Self:
-        command = [redis_program(), "--port", str(self.port), "--bind", self.host, "--save", ""]
-        command += ["--dir", str(self.folder), *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        until(self._answers, "redis-server")
+        self.process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL)
+        try:
+            until(self._answers, "redis-server")
+        except AssertionError:
+            self.kill()
+            raise
         return self
 
     def _answers(self) -> bool:

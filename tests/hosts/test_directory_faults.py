@@ -119,7 +119,7 @@ def test_password_and_cluster(make_host: MakeHost, tmp_path: Path) -> None:
         for first in range(0, 16384, 1024):
             slots = range(first, first + 1024)
             client.execute_command("CLUSTER", "ADDSLOTS", *slots)
-        until(lambda: client.execute_command("CLUSTER", "INFO")["cluster_state"] == "ok", "cluster")
+        until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "cluster")
         url = f"redis-cluster://:sesame@127.0.0.1:{server.port}"
         a, b = make_host(url=url), make_host(url=url)
         store(a.client, keys_of("chain", 40))
