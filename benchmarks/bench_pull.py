@@ -31,7 +31,7 @@ from benchmarks.processes import ChildProcess, PoolDaemon, free_port
 from benchmarks.report import percentile, write_json
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.curve import make_keys
-from vllm_kvpool.pool.anchors import anchors
+from vllm_kvpool.pool.anchors import anchors, asked
 from vllm_kvpool.pool.directory import Directory, HostRecord
 from vllm_kvpool.protocol import Namespace
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs, unpack_refs
@@ -254,11 +254,12 @@ def time_lookups(redis_url: str, grain: int) -> dict[str, float]:
     for ticket in range(LOOKUPS):
         keys = os.urandom(LOOKUP_BLOCKS * KEY_BYTES)
         listed = anchors(keys, grain)
+        questions = asked(keys, grain)
         if ticket % 2:
             other.announce([key for _, key in listed], ())
             time.sleep(0.4)
         begun = time.perf_counter()
-        directory.ask(ticket, listed)
+        directory.ask(ticket, questions)
         while not (answers := directory.take_answers()):
             _wait_readable(directory.wake_fd)
         times.append((time.perf_counter() - begun) * 1e3)

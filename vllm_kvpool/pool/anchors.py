@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from vllm_kvpool.types import KEY_BYTES
 
 TOKENS_AN_ENTRY = 128
+MAX_ASKED = 256
+"""Entries that one lookup reads: about 1.5 ms of redis-py."""
 
 
 def grain_of(fields: Mapping[str, str]) -> int:
@@ -29,3 +31,10 @@ def anchors(keys: bytes, grain: int) -> list[tuple[int, bytes]]:
         # Some bytes of a SHA-256; the first one names the entry's bucket.
         if grain == 1 or int.from_bytes(keys[start + 8 : start + 12], "little") % grain == 0
     ]
+
+
+def asked(keys: bytes, grain: int) -> list[tuple[int, bytes]]:
+    """Those to ask the directory for: of a long chain only some, evenly spread, the last one too."""
+    listed = anchors(keys, grain)
+    step = -(-len(listed) // MAX_ASKED)
+    return listed[::-1][:: max(1, step)][::-1]

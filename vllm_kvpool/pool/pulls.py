@@ -23,7 +23,7 @@ from enum import Enum, auto
 
 from vllm_kvpool._native import copy_checked
 from vllm_kvpool.ledger import StoreGrant
-from vllm_kvpool.pool.anchors import anchors
+from vllm_kvpool.pool.anchors import anchors, asked
 from vllm_kvpool.pool.directory import Answer, Directory, HostRecord
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.pool.spaces import Space, Spaces
@@ -210,7 +210,7 @@ class Pulls:
         self._flights[flight.number] = flight
         for i in range(num_keys(keys)):
             self._by_key[_key(keys, i)] = flight
-        self._directory.ask(flight.number, anchors(keys, space.grain))
+        self._directory.ask(flight.number, asked(keys, space.grain))
         return flight
 
     def take_answer(self, answer: Answer, now: int) -> None:
