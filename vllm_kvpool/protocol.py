@@ -13,6 +13,9 @@ lists. Only `Blocks` has frames behind it: the bytes themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import msgspec
 
 PROTOCOL_VERSION = 1
@@ -215,6 +218,21 @@ AnyPeerRequest = Hello | MatchBlocks | ReadBlocks
 AnyReply = Welcome | Prepared | Completed | Pulled | Cleared | StatsReply | Matched | Blocks | Error
 
 encode = msgspec.msgpack.Encoder().encode
-decode_request = msgspec.msgpack.Decoder(AnyRequest).decode
-decode_peer_request = msgspec.msgpack.Decoder(AnyPeerRequest).decode
-decode_reply = msgspec.msgpack.Decoder(AnyReply).decode
+
+
+def _decoder(kind: Any) -> Callable[[bytes | memoryview], Any]:
+    """msgspec.DecodeError for whatever is wrong with a message."""
+    decode = msgspec.msgpack.Decoder(kind).decode
+
+    def checked(raw: bytes | memoryview) -> Any:
+        try:
+            return decode(raw)
+        except UnicodeDecodeError as error:  # of a string; msgspec lets it through as it is
+            raise msgspec.DecodeError(str(error)) from None
+
+    return checked
+
+
+decode_request = _decoder(AnyRequest)
+decode_peer_request = _decoder(AnyPeerRequest)
+decode_reply = _decoder(AnyReply)

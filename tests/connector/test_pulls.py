@@ -16,7 +16,7 @@ from redis_server import RedisServer
 from benchmarks.processes import free_port
 from vllm_kvpool.connector.scheduler import SchedulerSide
 
-EAGER = {"min_remote_tokens": BLOCK, "pull_deadline_ms": 3_000, "prefill_tokens_per_s": 10}
+EAGER = {"min_remote_tokens": BLOCK, "pull_deadline_ms": 20_000, "prefill_tokens_per_s": 1}
 MakeEngine = Callable[..., MiniEngine]
 
 
@@ -178,7 +178,8 @@ def test_many_at_once_pull_once(pair: Pair) -> None:
     requests = [b.add(prompt) for _ in range(32)]
     b.run(timeout_s=60)
     assert all(b.outputs[request] == expected_output(prompt) for request in requests)
-    assert all(b.cached_tokens[request] == 40 * BLOCK for request in requests)
+    cached = {b.cached_tokens[request] for request in requests}
+    assert cached == {40 * BLOCK}, (cached, b.stats)
     assert pair.b.counter("pulled_blocks") == 40
 
 

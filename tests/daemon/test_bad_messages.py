@@ -48,6 +48,8 @@ def say_hello(socket: zmq.Socket[bytes]) -> dict[str, Any]:
         (msgpack.packb({"type": "prepare_store", "id": 10, "keys": "text"}), 10),
         (msgpack.packb({"type": "hello", "id": "one"}), 0),
         (msgpack.packb({"type": "touch", "id": 11, "refs": b""})[:-2], 0),
+        (b"\x81\xa4typ\xff\xa5hello", 0),
+        (b"\x82\xa2id\x0c\xa4type\xa2\xff\xfe", 12),
     ],
 )
 def test_malformed(

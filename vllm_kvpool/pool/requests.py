@@ -43,7 +43,7 @@ def id_of(payload: bytes) -> int:
         return 0
     try:
         return _decode_head(payload).id
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return 0
 
 
