@@ -15,6 +15,7 @@ it is back (perhaps empty) `wants_all` asks for everything again.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -84,7 +85,7 @@ class Directory:
     def __init__(
         self, url: str, pool: str, pool_id: str, me: HostRecord | None, counters: Counter[str]
     ) -> None:
-        self._connect = _connector(url)
+        self._connect, self._failures = _connector(url)
         self._prefix = f"kvpool:{SCHEMA}:{pool}:".encode()
         self._id = bytes.fromhex(pool_id)
         self._me = me
@@ -123,7 +124,7 @@ class Directory:
         self._asks.put(_Ask(ticket, anchors))
 
     def take_answers(self) -> list[Answer]:
-        with _Ignored():
+        with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self.wake_fd)
         answers = []
         while not self._answers.empty():
@@ -154,14 +155,17 @@ class Directory:
     # the thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        from redis.exceptions import RedisError
+        try:
+            self._serve()
+        except Exception:
+            # The pool of this host goes on without a directory.
+            logger.exception("the directory's thread failed")
+            self._counters["directory_failed"] += 1
+            self._redis = None
 
+    def _serve(self) -> None:
         next_beat_s = next_flush_s = next_try_s = 0.0
-        stopping = False
-        while not stopping:
-            asks = self._take_asks(FLUSH_S)
-            if asks is None:
-                break
+        while (asks := self._take_asks(FLUSH_S)) is not None:
             try:
                 now_s = time.monotonic()
                 if self._redis is None and now_s >= next_try_s:
@@ -182,7 +186,7 @@ class Directory:
                 if now_s >= next_flush_s:
                     next_flush_s = now_s + FLUSH_S
                     self._flush()
-            except (RedisError, OSError) as error:
+            except self._failures as error:
                 self._lose(error)
                 next_try_s = time.monotonic() + RETRY_S
                 self._reply_nothing(asks)
@@ -217,12 +221,12 @@ class Directory:
         """A clean end: others need not find out."""
         if self._redis is None or self._me is None:
             return
-        with _Ignored():
+        with contextlib.suppress(*self._failures):
             self._redis.delete(self._host_key(self._id))
 
     def _reply(self, ticket: int, hosts: list[tuple[HostRecord, int]]) -> None:
         self._answers.put(Answer(ticket, hosts))
-        with _Ignored():
+        with contextlib.suppress(OSError):
             os.eventfd_write(self.wake_fd, 1)
 
     def _reply_nothing(self, asks: list[_Ask]) -> None:
@@ -333,18 +337,6 @@ class Directory:
         return self._prefix + b"{%02x}:" % key[0] + key
 
 
-class _Ignored:
-    """What fails inside does not matter: nobody can do anything about it."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
-        from redis.exceptions import RedisError
-
-        return kind is not None and issubclass(kind, (OSError, RedisError))
-
-
 def _record(raw: bytes | None) -> HostRecord | None:
     try:
         return None if raw is None else msgspec.msgpack.decode(raw, type=HostRecord)
@@ -352,11 +344,13 @@ def _record(raw: bytes | None) -> HostRecord | None:
         return None
 
 
-def _connector(url: str) -> Any:
-    """Makes connections. ConfigError: no such URL, or redis-py is missing."""
+def _connector(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
+    """What makes connections, and what these raise. ConfigError: no such URL, or redis-py is
+    missing."""
     try:
         import redis
         import redis.cluster
+        from redis.exceptions import RedisClusterException, RedisError
     except ModuleNotFoundError:
         fix = "it needs redis-py: pip install 'vllm-kvpool[cluster]'"
         raise ConfigError("directory", url, fix) from None
@@ -369,4 +363,4 @@ def _connector(url: str) -> Any:
     except ValueError as error:
         shown = re.sub(r"//.*@", "//***@", url)  # a password is nothing for a log
         raise ConfigError("directory", shown, str(error)) from None
-    return lambda: kind.from_url(plain, **options)
+    return lambda: kind.from_url(plain, **options), (RedisError, RedisClusterException, OSError)
