@@ -74,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(command, name=False, json_too=True)
     command.set_defaults(run=_ls)
 
+    text = "bring blocks here from other hosts; their keys (hex, a chain, head first) on stdin"
+    command = commands.add_parser("prefetch", help=text, description=text)
+    _add_common(command)
+    command.add_argument("namespace", help="digest of the blocks' namespace, as `stats` shows it")
+    command.add_argument("--timeout", type=float, default=30, help="seconds (default: 30)")
+    command.set_defaults(run=_prefetch)
+
     text = "draw a key pair: NAME.key (to be copied to other hosts' folders) and NAME.key_secret"
     command = commands.add_parser("keygen", help="CURVE keys for this host", description=text)
     command.add_argument("folder", type=Path, help="where `serve --keys` looks for them")
@@ -144,6 +151,13 @@ def _ls(options: argparse.Namespace) -> int:
         print(json.dumps([pool._asdict() for pool in pools], indent=2))
     else:
         print(admin.pools_text(pools, options.shm_dir))
+    return 0
+
+
+def _prefetch(options: argparse.Namespace) -> int:
+    keys = sys.stdin.read()
+    name, shm_dir, namespace = options.name, options.shm_dir, options.namespace
+    print(admin.prefetch(name, shm_dir, namespace, keys, options.timeout))
     return 0
 
 

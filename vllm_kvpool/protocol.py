@@ -113,6 +113,15 @@ class CancelPull(Request, tag="cancel_pull", frozen=True, kw_only=True):
     """Nobody waits for the pull with this id any more. No reply."""
 
 
+class Prefetch(Request, tag="prefetch", frozen=True, kw_only=True):
+    """Bring a chain here from another host before anybody asks for it. From admin clients, too."""
+
+    namespace: bytes
+    """Digest."""
+    keys: bytes
+    within_ms: int
+
+
 class Clear(Request, tag="clear", frozen=True, kw_only=True):
     """Forget all blocks that nobody leases."""
 
@@ -213,7 +222,18 @@ class Error(Message, tag="error", frozen=True, kw_only=True):
     message: str
 
 
-AnyRequest = Hello | PrepareStore | CompleteStore | Touch | Drop | Pull | CancelPull | Clear | Stats
+AnyRequest = (
+    Hello
+    | PrepareStore
+    | CompleteStore
+    | Touch
+    | Drop
+    | Pull
+    | CancelPull
+    | Prefetch
+    | Clear
+    | Stats
+)
 AnyPeerRequest = Hello | MatchBlocks | ReadBlocks
 AnyReply = Welcome | Prepared | Completed | Pulled | Cleared | StatsReply | Matched | Blocks | Error
 

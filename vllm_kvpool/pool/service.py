@@ -40,6 +40,7 @@ from vllm_kvpool.protocol import (
     Error,
     Hello,
     Namespace,
+    Prefetch,
     Prepared,
     PrepareStore,
     Pull,
@@ -124,6 +125,9 @@ class PoolService:
             case Clear():
                 blocks = self._owner.clear(self._namespace_index(request.namespace))
                 return Cleared(id=request.id, blocks=blocks)
+            case Prefetch():
+                pull = Pull(id=request.id, keys=request.keys, within_ms=request.within_ms)
+                return self._pull(connection, self._known(request.namespace), pull)
             case _:
                 return self._answer_client(connection, session, request)
 
@@ -145,7 +149,7 @@ class PoolService:
             case Drop():
                 self._owner.drop(_refs(request.refs))
             case Pull():
-                return self._pull(connection, session, request)
+                return self._pull(connection, session.digest, request)
             case CancelPull() if self._exchange is not None:
                 self._exchange.submit(connection, session.digest, 0, request)
         return None
@@ -238,7 +242,13 @@ class PoolService:
         self._owner.abort_store(client, aborted)
         return Completed(id=request.id, ready=ready)
 
-    def _pull(self, connection: bytes, session: Session, request: Pull) -> Pulled | None:
+    def _known(self, digest: bytes) -> bytes:
+        if not digest:
+            raise RefusedError("malformed", "name the namespace that the keys are of")
+        self._namespace_index(digest)
+        return digest
+
+    def _pull(self, connection: bytes, digest: bytes, request: Pull) -> Pulled | None:
         """None: the answer comes later, from the exchange."""
         checked_keys(request.keys, request.parent)
         if not 0 <= request.within_ms <= MAX_PULL_MS:
@@ -246,7 +256,7 @@ class PoolService:
         if self._exchange is None:
             return Pulled(id=request.id, reason="off")
         due_ms = now_ms() + request.within_ms
-        if not self._exchange.submit(connection, session.digest, due_ms, request):
+        if not self._exchange.submit(connection, digest, due_ms, request):
             return Pulled(id=request.id, reason="busy")
         return None
 
