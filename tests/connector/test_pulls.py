@@ -147,7 +147,7 @@ def test_our_daemon_hangs(pair: Pair) -> None:
 
 
 def test_our_daemon_dies(pair: Pair) -> None:
-    b = pair.make_engine(pair.b)
+    b = pair.make_engine(pair.b, extra={"pull_deadline_ms": 500})
     pair.b.pause()
     request = b.add(prompt_of(1, 30 * BLOCK))
     b.step()
