@@ -245,8 +245,9 @@ def time_pulls(clients: list[PoolClient], blocks: int) -> list[float]:
 def time_lookups(redis_url: str, grain: int) -> dict[str, float]:
     """On the machine's own loopback: what Redis and redis-py take."""
     me = HostRecord(os.urandom(16), "tcp://127.0.0.1:1")
+    counters: Counter[str] = Counter()
     directory = Directory(redis_url, "lookups", os.urandom(16).hex(), None, Counter())
-    other = Directory(redis_url, "lookups", me.id.hex(), me, Counter())
+    other = Directory(redis_url, "lookups", me.id.hex(), me, counters)
     times = []
     for one in (directory, other):
         one.start()
@@ -256,8 +257,9 @@ def time_lookups(redis_url: str, grain: int) -> dict[str, float]:
         listed = anchors(keys, grain)
         questions = asked(keys, grain)
         if ticket % 2:
+            written = counters["directory_writes"] + len(listed)
             other.announce([key for _, key in listed], ())
-            time.sleep(0.4)
+            wait_for(lambda written=written: counters["directory_writes"] >= written)  # type: ignore[misc]
         begun = time.perf_counter()
         directory.ask(ticket, questions)
         while not (answers := directory.take_answers()):
