@@ -18,10 +18,11 @@ from vllm_kvpool import protocol
 from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.config import ConnectorConfig, PoolConfig, RouterConfig
 from vllm_kvpool.connector.hints import Hints
-from vllm_kvpool.pool.service import PoolService
-from vllm_kvpool.protocol import AnyReply, AnyRequest, Request
+from vllm_kvpool.pool import outbox, peer_door, requests, service
+from vllm_kvpool.protocol import AnyPeerRequest, AnyReply, AnyRequest, Request
 
 DOCS = Path(__file__).parents[1] / "docs"
+DOORS = (service, peer_door, outbox, requests)
 COMMON = set(Request.__struct_fields__)
 
 
@@ -39,7 +40,8 @@ def tables(text: str) -> dict[str, list[str]]:
 
 MESSAGES = {
     struct.__struct_config__.tag: struct
-    for struct in (*typing.get_args(AnyRequest), *typing.get_args(AnyReply))
+    for union in (AnyRequest, AnyPeerRequest, AnyReply)
+    for struct in typing.get_args(union)
 }
 
 
@@ -55,8 +57,8 @@ def test_no_message_is_made_up() -> None:
 
 
 def codes_in_code() -> set[str]:
-    source = Path(sys.modules[PoolService.__module__].__file__ or "").read_text()
-    raised = re.findall(r"_RefusedError\(\s*\"(\w+)\"", source)
+    source = "".join(Path(module.__file__ or "").read_text() for module in DOORS)
+    raised = re.findall(r"RefusedError\(\s*\"(\w+)\"", source)
     answered = re.findall(r"_error\([^\n]*?, \"(\w+)\"", source)
     return {*raised, *answered}
 

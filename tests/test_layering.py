@@ -22,12 +22,13 @@ PACKAGE = "vllm_kvpool"
 LAYERS = {
     1: {"", "types", "errors", "config", "paths", "clock", "liveness", "keys", "advice", "_native"},
     2: {"protocol"},
-    3: {"client", "channel", "ledger", "launch", "pool"},
+    3: {"client", "channel", "ledger", "launch", "curve", "pool"},
     4: {"connector", "router", "pool.daemon", "pool.serve"},
     5: {"cli", "__main__"},
 }
 CORNERS = ("connector", "router", "pool")
 """They never import each other: they meet in `protocol`."""
+ON_THE_WIRE = ("pool.daemon", "pool.exchange", "pool.outbox", "pool.peer", "pool.peer_door")
 ONLY_IN = {
     "vllm": ("connector",),
     "torch": ("connector",),
@@ -35,10 +36,11 @@ ONLY_IN = {
     "aiohttp": ("router",),
     "httptools": ("router",),
     "uvloop": ("router",),
-    "zmq": ("channel", "pool.daemon", "router"),
+    "zmq": ("channel", "curve", "router", *ON_THE_WIRE),
+    "redis": ("pool.directory",),
 }
 PURE = (
-    "types", "protocol", "ledger", "pool.sessions",
+    "types", "protocol", "ledger", "pool.sessions", "pool.anchors",
     "router.types", "router.keys", "router.fleet", "router.policy", "router.rendezvous",
     "router.bounds", "router.bindings", "router.round_robin", "router.least_load", "router.session",
     "router.prefix_index", "router.tree", "router.groups", "router.affinity", "router.cache_aware",
@@ -121,7 +123,7 @@ def test_pure_modules_do_no_io_and_read_no_clock(module: str) -> None:
 def test_daemon_and_client_load_neither_vllm_nor_torch() -> None:
     code = (
         "import sys, vllm_kvpool.cli, vllm_kvpool.client, vllm_kvpool.launch;"
-        "print(sorted({'vllm', 'torch', 'numpy', 'aiohttp', 'httptools', 'uvloop'} & set(sys.modules)))"
+        "print(sorted({'vllm', 'torch', 'numpy', 'aiohttp', 'httptools', 'uvloop', 'redis'} & set(sys.modules)))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -28,6 +28,10 @@ class IntegrityError(AssertionError):
 def crc32c(data: Buffer, seed: int = 0) -> int:
     """CRC-32C (Castagnoli) of `data`; hardware instructions where the processor has them."""
 
+def copy_checked(destination: Buffer, source: Buffer, seed: int = 0) -> int:
+    """Copy `source` over `destination` (of the same length) and return the CRC-32C of what is there now, in one pass
+    and without the GIL. `seed` is the checksum of what comes before: pieces add up to the checksum of the whole."""
+
 def derive_keys(mask: bytes, hashes: Buffer) -> bytes:
     """Block keys (n x 32 bytes) of n x 32-byte block hashes: each hash XOR the 32-byte `mask` (see keys.py)."""
 
@@ -106,6 +110,13 @@ class PoolOwner:
     def expire(self, now_s: int) -> int:
         """Forget blocks whose time is over; how many."""
     def evict(self, namespace: int, count: int) -> int: ...
+    def keep_journal(self) -> None:
+        """From now on note what becomes READY and what is forgotten, for `take_changes`."""
+    def take_changes(self) -> list[tuple[int, bytes, bytes]]:
+        """Since the last call, by namespace: (its index, keys that became READY, keys that were forgotten). A key in
+        both has come and gone; whether it is there now, the index knows."""
+    def ready_keys(self, slab: int) -> tuple[int, bytes]:
+        """The namespace that has a slab (-1: none) and the keys of its READY blocks there."""
     def beat(self, now_ms: int, pid: int) -> None:
         """Write the heartbeat that `ls` and `doctor` display."""
     def stats(self) -> dict[str, int]:

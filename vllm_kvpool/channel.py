@@ -41,6 +41,11 @@ class Channel:
         self._socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
         self._socket.connect(endpoint)
 
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """For pollers."""
+        return self._socket
+
     def send(self, request: AnyRequest, wait_ms: int = 0) -> bool:
         """False: there is no connection now, or the daemon has not taken the last
         `QUEUE_MESSAGES`."""
@@ -62,7 +67,7 @@ class Channel:
             return None
         try:
             reply: AnyReply = protocol.decode_reply(self._socket.recv(NOBLOCK))
-        except (zmq.Again, *protocol.DECODE_ERRORS):
+        except (zmq.Again, msgspec.DecodeError):
             return None
         return reply
 

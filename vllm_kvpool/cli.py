@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import socket
 import sys
 import tomllib
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from vllm_kvpool import __version__
 from vllm_kvpool.config import DEFAULT_POOL, SHM_DIR, PoolConfig, RouterConfig
+from vllm_kvpool.curve import make_keys
 from vllm_kvpool.errors import ConfigError, KVPoolError, RouterUnavailable
 from vllm_kvpool.pool import admin, doctor
 from vllm_kvpool.pool.serve import serve
@@ -24,7 +26,11 @@ from vllm_kvpool.router.fleet_commands import FleetCommands, replicas_text
 SERVE_HELP = {
     "name": "the pool's name",
     "size": "as in 64GiB, or a share of the mount as in 80%%",
-    "listen": "a further ZeroMQ endpoint, as in ipc:///run/kvpool.sock",
+    "listen": "a further endpoint: tcp://10.0.0.1:7707 for other hosts, ipc:///run/kvpool.sock",
+    "advertise": "how other hosts reach --listen, if not by that address",
+    "keys": "folder of CURVE keys: our own, and those of hosts that may connect (keygen)",
+    "insecure": "let other hosts connect without keys",
+    "directory": "URL of a Redis or Valkey, as in redis://10.0.0.9:6379",
     "shm_dir": "the shared-memory mount",
     "hugepages": "back the pool with transparent huge pages",
     "numa": "NUMA nodes, as in 0 (bind) or 0,1 (interleave)",
@@ -101,6 +107,19 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("ls", help="the pools of this host")
     _add_common(command, name=False, json_too=True)
     command.set_defaults(run=_ls)
+
+    text = "bring blocks here from other hosts; their keys (hex, a chain, head first) on stdin"
+    command = commands.add_parser("prefetch", help=text, description=text)
+    _add_common(command)
+    command.add_argument("namespace", help="digest of the blocks' namespace, as `stats` shows it")
+    command.add_argument("--timeout", type=float, default=30, help="seconds (default: 30)")
+    command.set_defaults(run=_prefetch)
+
+    text = "draw a key pair: NAME.key (to be copied to other hosts' folders) and NAME.key_secret"
+    command = commands.add_parser("keygen", help="CURVE keys for this host", description=text)
+    command.add_argument("folder", type=Path, help="where `serve --keys` looks for them")
+    command.add_argument("--name", default=socket.gethostname(), help="of the files")
+    command.set_defaults(run=_keygen)
 
     text = "forget all blocks; without a daemon, delete the pool"
     command = commands.add_parser("clear", help=text, description=text)
@@ -223,6 +242,19 @@ def _ls(options: argparse.Namespace) -> int:
         print(json.dumps([pool._asdict() for pool in pools], indent=2))
     else:
         print(admin.pools_text(pools, options.shm_dir))
+    return 0
+
+
+def _prefetch(options: argparse.Namespace) -> int:
+    keys = sys.stdin.read()
+    name, shm_dir, namespace = options.name, options.shm_dir, options.namespace
+    print(admin.prefetch(name, shm_dir, namespace, keys, options.timeout))
+    return 0
+
+
+def _keygen(options: argparse.Namespace) -> int:
+    public, secret = make_keys(options.folder, options.name)
+    print(f"{secret} stays here; copy {public} into the key folders of the other hosts")
     return 0
 
 

@@ -36,6 +36,7 @@ from vllm_kvpool.protocol import (
     NO_CLIENT,
     PROTOCOL_VERSION,
     AnyReply,
+    CancelPull,
     Completed,
     CompleteStore,
     Drop,
@@ -44,6 +45,8 @@ from vllm_kvpool.protocol import (
     Namespace,
     Prepared,
     PrepareStore,
+    Pull,
+    Pulled,
     Touch,
     Welcome,
 )
@@ -87,6 +90,8 @@ class PoolClient:
         self._channel = Channel(paths.endpoint)
         self._lock = ClientLock(self.lock_path)
         self._ledger = StoreLedger()
+        self._pulling: set[int] = set()
+        self._pulled: list[Pulled] = []
         self._ids = itertools.count(1)
         self._hello_id: int | None = None
         self._welcome: Welcome | None = None
@@ -100,6 +105,25 @@ class PoolClient:
         """Whether stores are taken now."""
         return self._welcome is not None and not self._draining
 
+    @property
+    def channel(self) -> Channel:
+        """Its socket is readable when `poll` may have something to take."""
+        return self._channel
+
+    @property
+    def readable(self) -> bool:
+        """Whether blocks can be found and leased; a daemon has answered once."""
+        return self.view is not None and not self._draining and self._may_read
+
+    @property
+    def writing(self) -> SlotRefs:
+        """Slots that this client still has to complete."""
+        return self._ledger.writing
+
+    def is_open(self, grant_id: int) -> bool:
+        """Whether the daemon has not acknowledged the end of that grant yet."""
+        return self._ledger.is_open(grant_id)
+
     def close(self) -> None:
         """What is still leased or being written returns to the pool once no process of the engine
         holds the lock."""
@@ -112,7 +136,7 @@ class PoolClient:
 
     def match_prefix(self, keys: BlockKeys) -> SlotRefs:
         """The longest run of leading READY blocks; b"" when there is no pool."""
-        if self.view is None or self._draining or not self._may_read:
+        if self.view is None or not self.readable:
             self.skipped["match_no_pool"] += 1
             return NO_REFS
         return SlotRefs(self.view.match_prefix(keys, pool_time_s()))
@@ -172,6 +196,35 @@ class PoolClient:
             self._send_completion(request)
         return request is not None
 
+    def pull(self, keys: BlockKeys, parent: bytes, within_ms: int) -> int | None:
+        """Ask for a chain's missing tail from other hosts. The number that `take_pulled` will answer
+        with, or None: skipped."""
+        if not self.pulls:
+            self.skipped["pull_not_connected"] += 1
+            return None
+        request = Pull(id=next(self._ids), keys=keys, parent=parent, within_ms=within_ms)
+        if num_keys(keys) > MAX_KEYS or not self._channel.send(request):
+            self.skipped["pull_not_sent"] += 1
+            return None
+        self._pulling.add(request.id)
+        return request.id
+
+    def cancel_pull(self, pull_id: int) -> None:
+        """Nobody waits for it any more; its answer may be on its way."""
+        if pull_id in self._pulling:
+            self._pulling.discard(pull_id)
+            self._channel.send(CancelPull(id=pull_id))
+
+    def take_pulled(self) -> list[Pulled]:
+        """Answers that `poll` has received since the last call."""
+        pulled, self._pulled = self._pulled, []
+        return pulled
+
+    @property
+    def pulls(self) -> bool:
+        """Whether other hosts can be asked for blocks."""
+        return self.connected and self._welcome is not None and self._welcome.pulls
+
     def touch(self, refs: SlotRefs) -> None:
         """A chain (head first) was used."""
         if self.connected and not self._channel.send(Touch(id=next(self._ids), refs=refs)):
@@ -202,7 +255,7 @@ class PoolClient:
     @property
     def _expects_reply(self) -> bool:
         """A look at the socket costs more than all else in an idle step."""
-        return self._welcome is None or self._ledger.outstanding
+        return self._welcome is None or bool(self._pulling) or self._ledger.outstanding
 
     def _receive(self) -> None:
         for _ in range(MAX_REPLIES):
@@ -217,6 +270,9 @@ class PoolClient:
                 self._take_grant(reply)
             case Completed():
                 self._ledger.completed(reply.id)
+            case Pulled() if reply.id in self._pulling:
+                self._pulling.discard(reply.id)
+                self._pulled.append(reply)
             case Welcome() if reply.id == self._hello_id:
                 self._take_welcome(reply)
             case Error():
@@ -300,6 +356,8 @@ class PoolClient:
     def _leave(self, reason: str = "lost", retry_ms: int = 0) -> None:
         """Not connected any more; say hello in `retry_ms`."""
         self._welcome = self._hello_id = None
+        self._pulled += [Pulled(id=pull_id, reason="lost") for pull_id in self._pulling]
+        self._pulling.clear()
         self._next_try_ms = now_ms() + retry_ms
         lost = self._ledger.lose_outstanding(reason)
         if lost:

@@ -8,6 +8,7 @@ or underscores); `RouterConfig` is the same for `vllm-kvpool route`; `ConnectorC
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ POOL_PREFIX = "vllm-kvpool-"
 AUTO = "auto"
 """What engines write for the pool `DEFAULT_POOL` with a daemon that they start: no pool's name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TCP = re.compile(r"tcp://(\*|\[[0-9a-fA-F:.%\w]+\]|[^\[\]:/*\s]+):(\d{1,5})")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|%)?")
 _LISTEN = re.compile(r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(\d{1,5})")
 _UNIT_BYTES = {
@@ -83,6 +85,23 @@ _TO_WRITE: dict[Any, str] = {
 }
 
 
+def _tcp_host(field: str, endpoint: str) -> str:
+    match = _TCP.fullmatch(endpoint)
+    if match is None:
+        fix = (
+            "give tcp://address:port (an IPv6 address in brackets); --listen takes ipc://path, too"
+        )
+        raise ConfigError(field, endpoint, fix)
+    return match[1].strip("[]")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class _Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> Self:
@@ -110,7 +129,15 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
     size: Size = "50%"
     """Bytes of shared memory, or a share of the mount."""
     listen: str = ""
-    """A further ZeroMQ endpoint beside `ipc://<folder>/control.sock`, which is always there."""
+    """A further ZeroMQ endpoint: `tcp://address:port` for other hosts, `ipc://path` for tools."""
+    advertise: str = ""
+    """How other hosts reach `listen`, where they know it by another address."""
+    keys: str = ""
+    """Folder of CURVE keys (`vllm-kvpool keygen`): our own, and those of hosts that may connect."""
+    insecure: bool = False
+    """Let other hosts connect without keys, to any address."""
+    directory: str = ""
+    """URL of the Redis or Valkey in which hosts find each other's blocks."""
     shm_dir: str = SHM_DIR
     """The shared-memory mount."""
     hugepages: bool = False
@@ -130,10 +157,31 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
         parse_size("min_block", self.min_block)
         if self.numa and re.fullmatch(r"\d+(,\d+)*", self.numa) is None:
             raise ConfigError("numa", self.numa, 'list node numbers, as in "0" or "0,1"')
+        if self.advertise:
+            _tcp_host("advertise", self.advertise)
         if self.listen and not self.listen.startswith("ipc://"):
-            raise ConfigError(
-                "listen", self.listen, "only ipc:// endpoints are served in this version"
+            _tcp_host("listen", self.listen)
+
+    def check_access(self) -> None:
+        """ConfigError: other hosts could not find this one, or anybody could read from it. Looks at
+        several fields, so it is for a whole configuration only."""
+        if not self.listen.startswith("tcp://"):
+            return
+        host = _tcp_host("listen", self.listen)
+        if self.directory and host in {"*", "0.0.0.0", "::"} and not self.advertise:
+            fix = "other hosts cannot find it so: name an address here, or with --advertise"
+            raise ConfigError("listen", self.listen, fix)
+        if not (self.keys or self.insecure or _is_loopback(host)):
+            fix = (
+                "anybody could read the blocks: give --keys (vllm-kvpool keygen makes them), or say "
+                "--insecure where only hosts that you trust reach this address"
             )
+            raise ConfigError("listen", self.listen, fix)
+
+    @property
+    def has_exchange(self) -> bool:
+        """Whether the daemon talks to other hosts."""
+        return bool(self.directory) or self.listen.startswith("tcp://")
 
 
 class ConnectorConfig(_Config, frozen=True, kw_only=True):
@@ -151,6 +199,12 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     """Store nothing of requests whose prompt is shorter."""
     store: Literal["all", "prompt"] = "all"
     """Store prompt and generated blocks, or the prompt's only."""
+    min_remote_tokens: int = 1_024
+    """Compute prefixes again when another host has fewer tokens more than this pool."""
+    pull_deadline_ms: int = 500
+    """A request waits at most so long for blocks of another host."""
+    prefill_tokens_per_s: int = 10_000
+    """How fast this engine computes prompts: blocks of another host come only if they come faster."""
     load_deadline_ms: int = 2_000
     """When no copy ends for so long, loads are stopped and their blocks are computed again."""
     checksum: Literal["off", "sampled", "all"] = "sampled"
@@ -162,11 +216,18 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         check_pool_name("pool", self.pool_name)
         parse_size("size", self.size, 1 << 40)
-        for field in ("min_load_tokens", "min_store_tokens"):
+        for field in ("min_load_tokens", "min_store_tokens", "min_remote_tokens"):
             if getattr(self, field) < 0:
                 raise ConfigError(field, getattr(self, field), "give 0 or more tokens")
         if self.load_deadline_ms <= 0:
             raise ConfigError("load_deadline_ms", self.load_deadline_ms, "give a time above 0")
+        if self.pull_deadline_ms < 0:
+            fix = "give 0 or more milliseconds; 0: never wait for other hosts"
+            raise ConfigError("pull_deadline_ms", self.pull_deadline_ms, fix)
+        if self.prefill_tokens_per_s <= 0:
+            raise ConfigError(
+                "prefill_tokens_per_s", self.prefill_tokens_per_s, "give a rate above 0"
+            )
 
     @property
     def pool_name(self) -> str:

@@ -57,6 +57,7 @@ class _Prepare(NamedTuple):
 @dataclass(slots=True)
 class _Completion:
     request: CompleteStore
+    grant_id: int
     due_ms: int | None = None
     """None: not sent over the present connection."""
     refusals: int = 0
@@ -122,7 +123,7 @@ class StoreLedger:
             assert num_refs(stored) + len(dropped) == num_refs(refs), "aborted what was not granted"
             refs = stored
         request = CompleteStore(id=request_id, refs=refs, aborted=aborted)
-        self._completions[request.id] = _Completion(request)
+        self._completions[request.id] = _Completion(request, grant_id)
         return request
 
     def sent(self, request: CompleteStore, due_ms: int) -> None:
@@ -132,6 +133,11 @@ class StoreLedger:
         completion = self._completions.pop(request_id, None)
         if completion is not None:
             self._writing_blocks -= num_refs(_named(completion.request))
+
+    def is_open(self, grant_id: int) -> bool:
+        """Whether the grant is still to be completed, or its completion to be acknowledged."""
+        completing = (completion.grant_id for completion in self._completions.values())
+        return grant_id in self._granted or grant_id in completing
 
     @property
     def unsent(self) -> list[CompleteStore]:

@@ -6,9 +6,15 @@ A request carries `id`, which its reply repeats, and `deadline_ms` on the *clien
 `Error(code="deadline")` and does nothing. The first message of a connection is `Hello`; everything
 else before it gets `Error(code="hello")`, as does everything after a restart of the daemon.
 `docs/protocol.md` describes each message for other languages.
+
+Two doors: engines of the host say what `AnyRequest` lists, other hosts say what `AnyPeerRequest`
+lists. Only `Blocks` has frames behind it: the bytes themselves.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -18,7 +24,12 @@ ACCEPTED_VERSIONS = (1,)
 
 MAX_MESSAGE_BYTES = 4 << 20
 MAX_KEYS = 65_536
+MAX_FRAME_BYTES = 1 << 20
+"""Of block bytes; a block larger than that travels in several frames."""
+MAX_FRAMES = 256
+"""In one message."""
 MAX_TTL_S = 10 * 365 * 24 * 3600
+MAX_PULL_MS = 60_000
 MAX_DESCRIPTION_BYTES = 2_048
 NO_CLIENT = -1
 
@@ -89,6 +100,28 @@ class Drop(Request, tag="drop", frozen=True, kw_only=True):
     refs: bytes
 
 
+class Pull(Request, tag="pull", frozen=True, kw_only=True):
+    """Bring a chain's missing tail here from another host, if that is done `within_ms`."""
+
+    keys: bytes
+    parent: bytes = b""
+    """Key of the block before the first; empty at the start of a chain."""
+    within_ms: int
+
+
+class CancelPull(Request, tag="cancel_pull", frozen=True, kw_only=True):
+    """Nobody waits for the pull with this id any more. No reply."""
+
+
+class Prefetch(Request, tag="prefetch", frozen=True, kw_only=True):
+    """Bring a chain here from another host before anybody asks for it. From admin clients, too."""
+
+    namespace: bytes
+    """Digest."""
+    keys: bytes
+    within_ms: int
+
+
 class Clear(Request, tag="clear", frozen=True, kw_only=True):
     """Forget all blocks that nobody leases."""
 
@@ -100,6 +133,25 @@ class Stats(Request, tag="stats", frozen=True, kw_only=True):
     pass
 
 
+# requests of other hosts --------------------------------------------------------------------------
+
+
+class MatchBlocks(Request, tag="match_blocks", frozen=True, kw_only=True):
+    """How many leading blocks of a chain are READY?"""
+
+    namespace: bytes
+    """Digest."""
+    keys: bytes
+
+
+class ReadBlocks(Request, tag="read_blocks", frozen=True, kw_only=True):
+    """Send these blocks: several `Blocks`, up to the first that is not there."""
+
+    namespace: bytes
+    """Digest."""
+    keys: bytes
+
+
 # replies ------------------------------------------------------------------------------------------
 
 
@@ -109,6 +161,8 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     epoch: int
     client: int = NO_CLIENT
     """Index of the client's lease bitmap; NO_CLIENT for an admin client."""
+    pulls: bool = False
+    """Whether `Pull` can find anything: there is a directory of other hosts."""
 
 
 class Prepared(Message, tag="prepared", frozen=True, kw_only=True):
@@ -119,6 +173,34 @@ class Prepared(Message, tag="prepared", frozen=True, kw_only=True):
 
 class Completed(Message, tag="completed", frozen=True, kw_only=True):
     ready: int
+
+
+class Pulled(Message, tag="pulled", frozen=True, kw_only=True):
+    """The end of a pull."""
+
+    blocks: int = 0
+    """Leading blocks of its keys that are READY here now."""
+    reason: str = ""
+    """Why not all: absent, slow, deadline, no_room, lost, checksum, busy, off."""
+
+
+class Matched(Message, tag="matched", frozen=True, kw_only=True):
+    blocks: int = 0
+    slot_bytes: int = 0
+    """Bytes of one block; 0: the namespace is not known here."""
+
+
+class Blocks(Message, tag="blocks", frozen=True, kw_only=True):
+    """Whole blocks in chain order, one frame each, or one piece of a block larger than a frame."""
+
+    first: int = 0
+    """Place of the first block in the request's keys."""
+    offset: int = 0
+    """Of the piece in its block, in bytes."""
+    sums: bytes = b""
+    """CRC-32C of each frame behind this one, n x 4 bytes, little-endian."""
+    last: bool = False
+    """Nothing follows: what has not come is not there."""
 
 
 class Cleared(Message, tag="cleared", frozen=True, kw_only=True):
@@ -133,18 +215,44 @@ class StatsReply(Message, tag="stats_reply", frozen=True, kw_only=True):
 
 
 class Error(Message, tag="error", frozen=True, kw_only=True):
-    """Codes: hello, version, malformed, too_large, deadline, lock, namespace, clients_full,
+    """Codes: hello, version, malformed, too_large, deadline, lock, namespace, clients_full, busy,
     internal."""
 
     code: str
     message: str
 
 
-AnyRequest = Hello | PrepareStore | CompleteStore | Touch | Drop | Clear | Stats
-AnyReply = Welcome | Prepared | Completed | Cleared | StatsReply | Error
+AnyRequest = (
+    Hello
+    | PrepareStore
+    | CompleteStore
+    | Touch
+    | Drop
+    | Pull
+    | CancelPull
+    | Prefetch
+    | Clear
+    | Stats
+)
+AnyPeerRequest = Hello | MatchBlocks | ReadBlocks
+AnyReply = Welcome | Prepared | Completed | Pulled | Cleared | StatsReply | Matched | Blocks | Error
 
 encode = msgspec.msgpack.Encoder().encode
-decode_request = msgspec.msgpack.Decoder(AnyRequest).decode
-decode_reply = msgspec.msgpack.Decoder(AnyReply).decode
-DECODE_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-"""What decoding raises for bytes that are no message of ours."""
+
+
+def decoder(kind: Any) -> Callable[[bytes | memoryview], Any]:
+    """msgspec.DecodeError for whatever is wrong with a message."""
+    decode = msgspec.msgpack.Decoder(kind).decode
+
+    def checked(raw: bytes | memoryview) -> Any:
+        try:
+            return decode(raw)
+        except (UnicodeDecodeError, RecursionError) as error:  # not made so by msgspec
+            raise msgspec.DecodeError(str(error)) from None
+
+    return checked
+
+
+decode_request = decoder(AnyRequest)
+decode_peer_request = decoder(AnyPeerRequest)
+decode_reply = decoder(AnyReply)

@@ -16,8 +16,8 @@ namespace nb = nanobind;
 // A contiguous buffer of n items, borrowed for the duration of a call.
 class Items {
   public:
-    Items(nb::handle object, size_t item_bytes, const char* name) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_SIMPLE) != 0) throw nb::python_error();
+    Items(nb::handle object, size_t item_bytes, const char* name, int flags = PyBUF_SIMPLE) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, flags) != 0) throw nb::python_error();
         if (static_cast<size_t>(view_.len) % item_bytes != 0) {
             std::string message = std::string(name) + ": " + std::to_string(view_.len) + " bytes are no multiple of " +
                                   std::to_string(item_bytes);
@@ -64,6 +64,10 @@ inline std::vector<CopyBlock> unpack_blocks(nb::handle refs_object, nb::handle b
         std::memcpy(&blocks[i].block, numbers.data() + i * sizeof(uint32_t), sizeof(uint32_t));
     }
     return blocks;
+}
+
+inline nb::bytes pack_keys(const std::vector<BlockKey>& keys) {
+    return nb::bytes(reinterpret_cast<const char*>(keys.data()), keys.size() * kKeyBytes);
 }
 
 inline nb::bytes pack_refs(const std::vector<uint64_t>& refs, size_t count) {

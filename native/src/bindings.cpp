@@ -7,6 +7,8 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
+
 #include "arrays.h"
 #include "kvpool/checksum.h"
 #include "kvpool/copy.h"
@@ -28,7 +30,28 @@ nb::bytes derive_keys(nb::bytes mask, nb::handle hashes) {
         keys[i] = BlockKey::from_bytes(items.data() + i * kKeyBytes);
         for (size_t w = 0; w < m.words.size(); ++w) keys[i].words[w] ^= m.words[w];
     }
-    return nb::bytes(reinterpret_cast<const char*>(keys.data()), keys.size() * kKeyBytes);
+    return pack_keys(keys);
+}
+
+uint32_t checksum(nb::handle data, uint32_t seed) {
+    Items bytes(data, 1, "data");
+    nb::gil_scoped_release released;
+    return crc32c(bytes.data(), bytes.size(), seed);
+}
+
+// In pieces that stay in the first cache between the copy and the checksum.
+uint32_t copy_checked(nb::handle destination, nb::handle source, uint32_t seed) {
+    constexpr size_t kPiece = 16 << 10;
+    Items from(source, 1, "source"), to(destination, 1, "destination", PyBUF_WRITABLE);
+    if (from.size() != to.size()) throw std::invalid_argument("source and destination differ in length");
+    auto* target = const_cast<uint8_t*>(to.data());
+    nb::gil_scoped_release released;
+    for (size_t at = 0; at < from.size(); at += kPiece) {
+        size_t bytes = std::min(kPiece, from.size() - at);
+        std::memcpy(target + at, from.data() + at, bytes);
+        seed = crc32c(target + at, bytes, seed);
+    }
+    return seed;
 }
 
 std::string pool_id_of(const PoolFile& file) {
@@ -273,6 +296,22 @@ void bind_owner(nb::module_& m) {
             "namespace"_a = -1, nb::kw_only(), "pinned"_a = true)
         .def("expire", &PoolOwner::expire, "now_s"_a)
         .def("evict", &PoolOwner::evict, "namespace"_a, "count"_a)
+        .def("keep_journal", &PoolOwner::keep_journal)
+        .def("take_changes",
+             [](PoolOwner& o) {
+                 nb::list changes;
+                 for (auto& [name_space, change] : o.take_changes()) {
+                     changes.append(nb::make_tuple(name_space, pack_keys(change.ready), pack_keys(change.gone)));
+                 }
+                 return changes;
+             })
+        .def(
+            "ready_keys",
+            [](PoolOwner& o, uint32_t slab) {
+                auto [name_space, keys] = o.ready_keys(slab);
+                return nb::make_tuple(name_space == kNoSlot ? -1 : static_cast<int>(name_space), pack_keys(keys));
+            },
+            "slab"_a)
         .def(
             "beat",
             [](PoolOwner& o, uint64_t now_ms, int64_t pid) {
@@ -364,13 +403,8 @@ NB_MODULE(_native, m) {
     m.attr("FORMAT_VERSION") = kFormatVersion;
     m.attr("MAX_CLIENTS") = kMaxClients;
     m.attr("MAX_NAMESPACES") = kMaxNamespaces;
-    m.def(
-        "crc32c",
-        [](nb::handle data, uint32_t seed) {
-            Items bytes(data, 1, "data");
-            return crc32c(bytes.data(), bytes.size(), seed);
-        },
-        "data"_a, "seed"_a = 0);
+    m.def("crc32c", &checksum, "data"_a, "seed"_a = 0);
+    m.def("copy_checked", &copy_checked, "destination"_a, "source"_a, "seed"_a = 0);
     m.def("derive_keys", &derive_keys, "mask"_a, "hashes"_a);
     bind_owner(m);
     bind_view(m);

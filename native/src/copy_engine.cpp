@@ -183,18 +183,23 @@ bool CopyEngine::wants_checksum(SlotRef ref) const {
     return checksum_ != 0 && file_->slots()[ref.slot].load_key().tag() % checksum_ == 0;
 }
 
+// The key's: the right bytes of an earlier occupant are wrong bytes, and a block that another host sends byte by byte
+// keeps its trailer.
+uint32_t CopyEngine::seed_of(SlotRef ref) const {
+    return file_->slots()[ref.slot].load_key().tag();
+}
+
 bool CopyEngine::has_good_checksum(SlotRef ref) const {
     if (!wants_checksum(ref)) return true;
     ShardTrailer trailer;
     std::memcpy(&trailer, shard(ref) + payload_bytes_, sizeof(trailer));
     if (trailer.mark != ShardTrailer::kChecked) return trailer.mark == ShardTrailer::kUnchecked;
-    return trailer.checksum == crc32c(shard(ref), payload_bytes_, ref.generation);
+    return trailer.checksum == crc32c(shard(ref), payload_bytes_, seed_of(ref));
 }
 
 void CopyEngine::write_trailer(SlotRef ref) const {
     ShardTrailer trailer{0, ShardTrailer::kUnchecked};
-    // Seeded with the generation: the right bytes of an earlier occupant are wrong bytes.
-    if (wants_checksum(ref)) trailer = {crc32c(shard(ref), payload_bytes_, ref.generation), ShardTrailer::kChecked};
+    if (wants_checksum(ref)) trailer = {crc32c(shard(ref), payload_bytes_, seed_of(ref)), ShardTrailer::kChecked};
     std::memcpy(shard(ref) + payload_bytes_, &trailer, sizeof(trailer));
 }
 

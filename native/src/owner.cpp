@@ -157,6 +157,7 @@ void PoolOwner::make_ready(uint32_t slot) {
     --counts.writing;
     ++counts.ready;
     enter_policy(slot);
+    if (journal_on_) journal_[namespace_of(slot)].ready.push_back(header(slot).load_key());
 }
 
 void PoolOwner::enter_policy(uint32_t slot) {
@@ -218,6 +219,7 @@ void PoolOwner::forget(uint32_t slot) {
 void PoolOwner::withdraw(uint32_t slot, bool evicted) {
     index_.erase(header(slot).load_key(), slot);
     chains_.unlink(slot);
+    if (journal_on_) journal_[namespace_of(slot)].gone.push_back(header(slot).load_key());
     NamespaceCounts& counts = counts_of(slot);
     if (pinned(slot)) {
         --counts.pinned;

@@ -19,6 +19,17 @@ NamespaceCounts PoolOwner::counts(uint32_t name_space) const {
     return counts;
 }
 
+std::pair<uint32_t, std::vector<BlockKey>> PoolOwner::ready_keys(uint32_t slab) const {
+    if (slab >= file_.geometry().num_slabs) throw std::invalid_argument("slab: no such one");
+    uint32_t owner = file_.slabs()[slab].owner.load(std::memory_order_relaxed);
+    std::vector<BlockKey> keys;
+    if (owner == 0) return {kNoSlot, keys};
+    slabs_.for_each_slot(slab, [&](uint32_t slot) {
+        if (state(slot) == SlotState::kReady) keys.push_back(header(slot).load_key());
+    });
+    return {owner - 1, keys};
+}
+
 std::map<std::string, uint64_t> PoolOwner::stats() const {
     NamespaceCounts sum;
     for (const NamespaceCounts& c : counts_) {

@@ -52,6 +52,8 @@ def say_hello(socket: zmq.Socket[bytes]) -> dict[str, Any]:
         (b"\x83\xa4type\xa5bogus\xa1x" + b"\x91" * 6_000 + b"\xc0\xa2id\x07", 0),
         (b"\x83\xa4type\xa5stats\xa1x" + b"\x91" * 6_000 + b"\xc0\xa2id\x07", 0),
         (b"\x82\xa4type\xa1\xff\xa2id\x0c", 12),
+        (b"\x81\xa4typ\xff\xa5hello", 0),
+        (b"\x82\xa2id\x0c\xa4type\xa2\xff\xfe", 12),
     ],
 )
 def test_malformed(

@@ -25,7 +25,7 @@ from helpers import run_cli
         (["--name", "../x"], ["name = '../x'", "no slash"]),
         (["--name", "auto"], ["name = 'auto'", 'pool "default"']),
         (["--numa", "zero"], ["numa = 'zero'", '"0,1"']),
-        (["--listen", "tcp://*:5555"], ["listen = 'tcp://*:5555'", "ipc://"]),
+        (["--listen", "tcp://*:5555"], ["listen = 'tcp://*:5555'", "--insecure"]),
         (["--listen", "ipc:///no/such/folder/x.sock"], ["listen = 'ipc:///no/such/folder/x.sock'"]),
         (["--unknown", "1"], ["unrecognized arguments"]),
     ],

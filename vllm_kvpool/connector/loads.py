@@ -92,7 +92,7 @@ class LoadPlanner:
         refused = self._why_not(record)
         if refused:
             return Lookup(NO_REFS, first, refused)
-        end = self._end(record)
+        end = self.end(record)
         refs = self._match(record, end)
         num_blocks = num_refs(refs) - first
         miss = ""
@@ -123,8 +123,8 @@ class LoadPlanner:
             return "load_failed"
         return "lora" if record.ambiguous_lora else ""
 
-    def _end(self, record: RequestRecord) -> int:
-        """The last token is always computed: nothing is sampled otherwise."""
+    def end(self, record: RequestRecord) -> int:
+        """Blocks that could be loaded at most. The last token is always computed: nothing is sampled otherwise."""
         full_blocks: int = (record.request.num_tokens - 1) // self._link.block_tokens
         return max(0, full_blocks - self._lookahead_blocks)
 

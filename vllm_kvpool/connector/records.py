@@ -46,6 +46,10 @@ class RequestRecord:
     """Its blocks are being written by a load: they hold no tokens yet."""
     load_failed: bool = False
     """A load failed: this request computes, or it might try the same slots for ever."""
+    pull_asked: bool = False
+    pull_id: int = 0
+    pull_due_ms: int = 0
+    """Blocks of other hosts are waited for until then; 0: not, or not any more."""
     may_store: bool = True
     ambiguous_lora: bool = False
     """Its block hashes do not tell its LoRA adapter from another of the same name."""

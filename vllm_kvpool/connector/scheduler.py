@@ -24,6 +24,7 @@ from vllm_kvpool.connector.metadata import (
     WorkerLayout,
 )
 from vllm_kvpool.connector.prefills import PrefillTimes
+from vllm_kvpool.connector.pulls import PullPlanner
 from vllm_kvpool.connector.records import RequestRecord
 from vllm_kvpool.connector.stats import KVPoolStats
 from vllm_kvpool.connector.stores import StorePlanner
@@ -45,6 +46,7 @@ class SchedulerSide:
         )
         self._stores = StorePlanner(self._link, config, self._stats, numbers)
         self._hints = HintReader()
+        self._pulls = PullPlanner(self._link, config, self._stats)
         self._records: dict[str, RequestRecord] = {}
         self._polled = False
         """Whether messages were taken since the last step was planned."""
@@ -80,17 +82,23 @@ class SchedulerSide:
         if self._link.settling:
             return None, False
         record.lookup = self._loads.look_up(record, num_computed_tokens)
+        if self._pulls.puts_off(record, record.lookup, self._loads.end(record)):
+            record.lookup = None
+            return None, False
         num_tokens = record.lookup.num_load_blocks * self._link.block_tokens
         return num_tokens, num_tokens > 0
 
     def admit(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         self._loads.admit(self._record(request), blocks, num_external_tokens)
+        self._pulls.admitted(request, num_external_tokens)
 
     def finish_request(self, request: Any, block_ids: list[int]) -> None:
         """The last blocks may have got their hashes only now."""
         self._learn_prefills(time.monotonic())
         self._prefills.forget(request.request_id)
         record = self._records.pop(request.request_id, None)
+        if record is not None:
+            self._pulls.finished(record)
         if record is not None and self._link.connected:
             record.block_ids = block_ids
             self._stores.offer(record, request.num_computed_tokens, last=True)
@@ -113,6 +121,7 @@ class SchedulerSide:
                 record.block_ids.extend(block_ids)
             if connected:
                 self._stores.offer(record, num_computed + output.num_scheduled_tokens[request_id])
+        self._pulls.end_step()
         loads, stores = self._loads.take_planned(), self._stores.take_planned()
         return KVPoolMetadata(self._attachment(bool(loads or stores)), loads, stores)
 
@@ -140,6 +149,7 @@ class SchedulerSide:
 
     def _poll(self) -> None:
         self._stores.take_grants(self._link.poll())
+        self._pulls.take_answers()
 
     @property
     def stores_in_flight(self) -> bool:
@@ -175,3 +185,4 @@ class SchedulerSide:
 
     def check_integrity(self) -> None:
         self._stores.check_integrity()
+        self._pulls.check_integrity()

@@ -20,12 +20,14 @@ PREFIX = "vllm:kvpool_"
 COUNTERS = {
     "hit_blocks": "Blocks that lookups found in the pool and whose load was started.",
     "hit_tokens": "Tokens of these blocks.",
+    "pulled_tokens": "Tokens found in this pool after a wait for another host.",
     "load_bytes": "Bytes copied from the pool into the KV cache.",
     "store_bytes": "Bytes copied from the KV cache into the pool.",
     "store_blocks": "Blocks stored.",
 }
 REASONED_COUNTERS = {
     "misses": "Lookups at admission that loaded nothing, by reason.",
+    "pull_ends": "Waits for another host that did not bring all, by reason.",
     "load_failed_blocks": "Blocks whose load failed and that were computed instead, by reason.",
     "store_skipped_blocks": "Blocks that were not stored, by reason.",
     "client_skipped": "What the pool's client left undone (lookups, requests, messages), by reason.",

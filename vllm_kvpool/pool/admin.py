@@ -13,11 +13,12 @@ from vllm_kvpool.advice import no_daemon, pool_folders
 from vllm_kvpool.channel import call_daemon
 from vllm_kvpool.clock import pool_time_ms
 from vllm_kvpool.config import POOL_PREFIX, pool_dir
-from vllm_kvpool.errors import PoolUnavailable
+from vllm_kvpool.errors import ConfigError, PoolUnavailable
 from vllm_kvpool.liveness import is_locked
 from vllm_kvpool.paths import PoolPaths, check_folder
 from vllm_kvpool.pool.files import PoolFolder, size_text
-from vllm_kvpool.protocol import Clear, Cleared, Stats, StatsReply
+from vllm_kvpool.protocol import Clear, Cleared, Prefetch, Pulled, Stats, StatsReply
+from vllm_kvpool.types import KEY_BYTES
 
 
 class PoolSummary(NamedTuple):
@@ -126,6 +127,32 @@ def clear(name: str, shm_dir: str) -> str:
     with PoolFolder(name, shm_dir) as folder:
         folder.remove()
     return f"pool '{name}' deleted"
+
+
+def prefetch(name: str, shm_dir: str, namespace: str, keys: str, timeout_s: float) -> str:
+    """Bring blocks here from other hosts. `namespace` and `keys` in hex, the keys of one chain, head
+    first. Returns what was done. ConfigError, PoolUnavailable, ProtocolError."""
+    request = Prefetch(
+        namespace=_hex("namespace", namespace, 1),
+        keys=_hex("keys", keys, None),
+        within_ms=int(timeout_s * 1_000),
+    )
+    # The answer comes by then; the daemon itself may be slow.
+    reply = call_daemon(_running(name, shm_dir), request, timeout_s + 5)
+    assert isinstance(reply, Pulled)
+    wanted = len(request.keys) // KEY_BYTES
+    return f"{reply.blocks} of {wanted} blocks are here" + (reply.reason and f" ({reply.reason})")
+
+
+def _hex(field: str, text: str, count: int | None) -> bytes:
+    fix = f"give {KEY_BYTES} bytes each as {2 * KEY_BYTES} hex digits"
+    try:
+        raw = bytes.fromhex(text)
+    except ValueError:
+        raise ConfigError(field, text[:80], fix) from None
+    if not raw or len(raw) % KEY_BYTES or count not in {None, len(raw) // KEY_BYTES}:
+        raise ConfigError(field, text[:80], fix)
+    return raw
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

@@ -14,6 +14,8 @@ from vllm_kvpool import protocol
 from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.clock import now_ms, pool_time_ms
 from vllm_kvpool.errors import ConfigError
+from vllm_kvpool.pool.announcer import Announcer
+from vllm_kvpool.pool.exchange import Exchange
 from vllm_kvpool.pool.service import PoolService
 from vllm_kvpool.protocol import MAX_MESSAGE_BYTES, AnyReply
 
@@ -32,10 +34,19 @@ error reply."""
 
 
 class Daemon:
-    def __init__(self, service: PoolService, owner: PoolOwner, endpoints: list[str]) -> None:
+    def __init__(
+        self,
+        service: PoolService,
+        owner: PoolOwner,
+        endpoints: list[str],
+        exchange: Exchange | None = None,
+    ) -> None:
         """ConfigError: an endpoint cannot be bound."""
         self._service = service
         self._owner = owner
+        self._exchange = exchange
+        directory = exchange.directory if exchange is not None else None
+        self._announcer = Announcer(owner, directory) if directory is not None else None
         self._stopping = False
         self._next_reap_ms = 0
         self._next_beat_ms = 0
@@ -59,9 +70,14 @@ class Daemon:
 
     def run(self) -> None:
         """Serve until `stop`."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        if self._exchange is not None:
+            poller.register(self._exchange.mailbox, zmq.POLLIN)
         while not self._stopping:
-            if self._socket.poll(HOUSEKEEPING_MS):
+            if poller.poll(HOUSEKEEPING_MS):
                 self._serve_burst()
+                self._relay()
             self._keep_house()
 
     def stop(self) -> None:
@@ -82,6 +98,12 @@ class Daemon:
             if reply is not None:
                 self._send(connection, reply)
 
+    def _relay(self) -> None:
+        """What the exchange has to say to engines."""
+        if self._exchange is not None:
+            for connection, reply in self._exchange.take_replies():
+                self._send(connection, reply)
+
     def _send(self, connection: bytes, reply: AnyReply) -> None:
         try:
             self._socket.send_multipart([connection, protocol.encode(reply)], zmq.NOBLOCK)
@@ -93,6 +115,8 @@ class Daemon:
         if now >= self._next_reap_ms:
             self._next_reap_ms = now + HOUSEKEEPING_MS
             self._service.reap(REAP_GRACE_S)
+            if self._announcer is not None:
+                self._announcer.turn(now)
         if now >= self._next_beat_ms:
             self._next_beat_ms = now + BEAT_MS
             self._service.tidy()

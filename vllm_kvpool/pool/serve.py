@@ -11,6 +11,7 @@ from vllm_kvpool.clock import pool_time_s
 from vllm_kvpool.config import PoolConfig
 from vllm_kvpool.errors import ConfigError, KVPoolError
 from vllm_kvpool.pool.daemon import Daemon, stop_on_signals
+from vllm_kvpool.pool.exchange import Exchange
 from vllm_kvpool.pool.files import PoolFolder, check_room, open_pool, size_text
 from vllm_kvpool.pool.mount import Mount
 from vllm_kvpool.pool.notify import notify
@@ -62,16 +63,22 @@ def _place(owner: PoolOwner, config: PoolConfig) -> None:
 
 def _serve_owner(owner: PoolOwner, folder: PoolFolder, config: PoolConfig) -> None:
     prefault = Prefault(owner, Mount.of(Path(config.shm_dir)))
-    service = PoolService(owner, folder, prefault)
-    endpoints = [folder.paths.endpoint, *([config.listen] if config.listen else [])]
-    daemon = Daemon(service, owner, endpoints)
+    exchange = Exchange(folder.paths, config, owner.pool_id) if config.has_exchange else None
+    service = PoolService(owner, folder, prefault, exchange)
+    tools = [config.listen] if config.listen.startswith("ipc://") else []
+    daemon = Daemon(service, owner, [folder.paths.endpoint, *tools], exchange)
     try:
         with stop_on_signals(daemon):
             prefault.start()
-            _say_ready(owner, config.name, endpoints)
+            if exchange is not None:
+                exchange.start()
+            shown = [folder.paths.endpoint, *([config.listen] if config.listen else [])]
+            _say_ready(owner, config.name, shown)
             daemon.run()
             notify("STOPPING=1")
     finally:
+        if exchange is not None:
+            exchange.stop()
         daemon.close()
         prefault.stop()
 

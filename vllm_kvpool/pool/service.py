@@ -19,18 +19,19 @@ from vllm_kvpool import __version__, protocol
 from vllm_kvpool._native import FORMAT_VERSION, PoolOwner
 from vllm_kvpool.clock import now_ms, pool_time_s
 from vllm_kvpool.liveness import is_held
+from vllm_kvpool.pool.exchange import Exchange
 from vllm_kvpool.pool.files import PoolFolder
 from vllm_kvpool.pool.namespaces import describe, news
 from vllm_kvpool.pool.prefault import Prefault
+from vllm_kvpool.pool.requests import RefusedError, check_version, checked_keys, decode, id_of
 from vllm_kvpool.pool.sessions import NO_NAMESPACE, Session, Sessions
 from vllm_kvpool.protocol import (
-    ACCEPTED_VERSIONS,
-    MAX_KEYS,
-    MAX_MESSAGE_BYTES,
+    MAX_PULL_MS,
     MAX_TTL_S,
     NO_CLIENT,
     AnyReply,
     AnyRequest,
+    CancelPull,
     Clear,
     Cleared,
     Completed,
@@ -39,8 +40,11 @@ from vllm_kvpool.protocol import (
     Error,
     Hello,
     Namespace,
+    Prefetch,
     Prepared,
     PrepareStore,
+    Pull,
+    Pulled,
     Stats,
     StatsReply,
     Touch,
@@ -53,28 +57,18 @@ logger = logging.getLogger(__name__)
 _CLIENT_ID = re.compile(r"[0-9a-f]{32}")
 
 
-class _RefusedError(Exception):
-    """A request gets an `Error` for an answer. Never leaves this module."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-class _Head(msgspec.Struct):
-    """What any message has, even one that we do not know: enough to address the error reply."""
-
-    id: int = 0
-
-
-_decode_head = msgspec.msgpack.Decoder(_Head).decode
-
-
 class PoolService:
-    def __init__(self, owner: PoolOwner, folder: PoolFolder, prefault: Prefault) -> None:
+    def __init__(
+        self,
+        owner: PoolOwner,
+        folder: PoolFolder,
+        prefault: Prefault,
+        exchange: Exchange | None = None,
+    ) -> None:
         self._owner = owner
         self._folder = folder
         self._prefault = prefault
+        self._exchange = exchange
         self._started_ms = now_ms()
         self._sessions = Sessions()
         self.counters: Counter[str] = Counter()
@@ -84,13 +78,13 @@ class PoolService:
         self.counters["requests"] += 1
         request_id = 0
         try:
-            request = _decode(payload)
+            request: AnyRequest = decode(payload, protocol.decode_request)
             request_id = request.id
             return self._answer(connection, request)
-        except protocol.DECODE_ERRORS as error:
-            return self._error(_id_of(payload), "malformed", str(error))
-        except _RefusedError as error:
-            return self._error(request_id or _id_of(payload), error.code, str(error))
+        except msgspec.DecodeError as error:
+            return self._error(id_of(payload), "malformed", str(error))
+        except RefusedError as error:
+            return self._error(request_id or id_of(payload), error.code, str(error))
         except Exception as error:
             logger.exception("request failed")
             return self._error(request_id, "internal", f"{type(error).__name__}: {error}")
@@ -122,23 +116,29 @@ class PoolService:
             return self._hello(connection, request)
         session = self._sessions.get(connection)
         if session is None:
-            raise _RefusedError("hello", "say hello first (the daemon may have been restarted)")
+            raise RefusedError("hello", "say hello first (the daemon may have been restarted)")
         if request.deadline_ms and now_ms() > request.deadline_ms + session.offset_ms:
-            raise _RefusedError("deadline", "too late: nothing was done")
+            raise RefusedError("deadline", "too late: nothing was done")
         match request:
             case Stats():
                 return self._stats(request)
             case Clear():
                 blocks = self._owner.clear(self._namespace_index(request.namespace))
                 return Cleared(id=request.id, blocks=blocks)
+            case Prefetch():
+                pull = Pull(id=request.id, keys=request.keys, within_ms=request.within_ms)
+                return self._pull(connection, self._known(request.namespace), pull)
             case _:
-                return self._answer_client(session, request)
+                return self._answer_client(connection, session, request)
 
     def _answer_client(
-        self, session: Session, request: PrepareStore | CompleteStore | Touch | Drop
+        self,
+        connection: bytes,
+        session: Session,
+        request: PrepareStore | CompleteStore | Touch | Drop | Pull | CancelPull,
     ) -> AnyReply | None:
         if session.client == NO_CLIENT:
-            raise _RefusedError("hello", "say hello with a client_id and a namespace for this")
+            raise RefusedError("hello", "say hello with a client_id and a namespace for this")
         match request:
             case PrepareStore():
                 return self._prepare(session, request)
@@ -148,23 +148,22 @@ class PoolService:
                 self._owner.touch(_refs(request.refs))
             case Drop():
                 self._owner.drop(_refs(request.refs))
+            case Pull():
+                return self._pull(connection, session.digest, request)
+            case CancelPull() if self._exchange is not None:
+                self._exchange.submit(connection, session.digest, 0, request)
         return None
 
     # hello --------------------------------------------------------------------------------------
 
     def _hello(self, connection: bytes, hello: Hello) -> Welcome:
-        if hello.version not in ACCEPTED_VERSIONS:
-            spoken = ", ".join(map(str, ACCEPTED_VERSIONS))
-            raise _RefusedError(
-                "version",
-                f"this daemon ({__version__}) speaks protocol {spoken}, not {hello.version}: "
-                "run the same vllm-kvpool on both sides",
-            )
+        check_version(hello)
         if self._sessions.is_stale(hello.client_id, hello.now_ms):
-            raise _RefusedError("deadline", "a newer hello of this client was answered already")
+            raise RefusedError("deadline", "a newer hello of this client was answered already")
         client, namespace = self._admit(hello) if hello.client_id else (NO_CLIENT, NO_NAMESPACE)
         offset_ms = now_ms() - hello.now_ms
-        session = Session(client, hello.client_id, hello.now_ms, offset_ms, namespace)
+        digest = hello.namespace.digest if hello.namespace is not None else b""
+        session = Session(client, hello.client_id, hello.now_ms, offset_ms, namespace, digest)
         self._sessions.add(connection, session)
         return Welcome(
             id=hello.id,
@@ -172,14 +171,15 @@ class PoolService:
             pool_id=self._owner.pool_id,
             epoch=self._owner.epoch,
             client=client,
+            pulls=self._exchange is not None and self._exchange.directory is not None,
         )
 
     def _admit(self, hello: Hello) -> tuple[int, int]:
         """Indices of the client and of its namespace, made when new."""
         if _CLIENT_ID.fullmatch(hello.client_id) is None or hello.namespace is None:
-            raise _RefusedError("malformed", "a client has an id of 32 hex digits and a namespace")
+            raise RefusedError("malformed", "a client has an id of 32 hex digits and a namespace")
         if not 0 < hello.pid < 1 << 31:
-            raise _RefusedError("malformed", "pid is the number of a process")
+            raise RefusedError("malformed", "pid is the number of a process")
         lock = self._folder.paths.client_lock(hello.client_id)
         _expect_held(lock)
         namespace = self._add_namespace(hello.namespace)
@@ -187,19 +187,19 @@ class PoolService:
             client = self._owner.add_client(hello.client_id, str(lock), hello.pid, namespace)
         except (RuntimeError, OSError) as error:
             # No entry left in the table, or no memory left for a lease bitmap.
-            raise _RefusedError("clients_full", str(error)) from None
+            raise RefusedError("clients_full", str(error)) from None
         self._owner.keep_writing(client, _refs(hello.writing))
         return client, namespace
 
     def _add_namespace(self, namespace: Namespace) -> int:
         if len(namespace.digest) != KEY_BYTES or not 0 < namespace.slot_bytes < 1 << 32:
-            raise _RefusedError("malformed", "a namespace has a digest of 32 bytes and a slot size")
+            raise RefusedError("malformed", "a namespace has a digest of 32 bytes and a slot size")
         description = describe(namespace.fields)
         text = news(namespace.digest, description, self._owner.namespaces())
         try:
             index = self._owner.add_namespace(namespace.digest, namespace.slot_bytes, description)
         except ValueError as error:
-            raise _RefusedError("namespace", str(error)) from None
+            raise RefusedError("namespace", str(error)) from None
         if text:
             logger.info("%s", text)
         return index
@@ -207,12 +207,9 @@ class PoolService:
     # verbs --------------------------------------------------------------------------------------
 
     def _prepare(self, session: Session, request: PrepareStore) -> Prepared:
-        if len(request.keys) % KEY_BYTES or len(request.parent) not in {0, KEY_BYTES}:
-            raise _RefusedError("malformed", f"keys have {KEY_BYTES} bytes each")
-        if len(request.keys) > MAX_KEYS * KEY_BYTES:
-            raise _RefusedError("too_large", f"at most {MAX_KEYS} keys a request")
+        checked_keys(request.keys, request.parent)
         if not 0 <= request.ttl_s <= MAX_TTL_S:
-            raise _RefusedError("malformed", f"ttl_s lies between 0 and {MAX_TTL_S}")
+            raise RefusedError("malformed", f"ttl_s lies between 0 and {MAX_TTL_S}")
         now_s = pool_time_s()
         refs = self._owner.prepare_store(
             session.client,
@@ -245,13 +242,35 @@ class PoolService:
         self._owner.abort_store(client, aborted)
         return Completed(id=request.id, ready=ready)
 
+    def _known(self, digest: bytes) -> bytes:
+        if not digest:
+            raise RefusedError("malformed", "name the namespace that the keys are of")
+        self._namespace_index(digest)
+        return digest
+
+    def _pull(self, connection: bytes, digest: bytes, request: Pull) -> Pulled | None:
+        """None: the answer comes later, from the exchange."""
+        checked_keys(request.keys, request.parent)
+        if not 0 <= request.within_ms <= MAX_PULL_MS:
+            raise RefusedError("malformed", f"within_ms lies between 0 and {MAX_PULL_MS}")
+        if self._exchange is None:
+            return Pulled(id=request.id, reason="off")
+        due_ms = now_ms() + request.within_ms
+        if not self._exchange.submit(connection, digest, due_ms, request):
+            return Pulled(id=request.id, reason="busy")
+        return None
+
     def _namespace_index(self, digest: bytes) -> int:
         if not digest:
             return -1
         for entry in self._owner.namespaces():
             if entry["digest"] == digest.hex():
                 return int(str(entry["index"]))
-        raise _RefusedError("namespace", "no such namespace in this pool")
+        raise RefusedError("namespace", "no such namespace in this pool")
+
+    def _counted(self) -> dict[str, int]:
+        elsewhere = self._exchange.stats() if self._exchange is not None else {}
+        return dict(self.counters + Counter(elsewhere))
 
     def _stats(self, request: Stats) -> StatsReply:
         owner = self._owner
@@ -274,26 +293,10 @@ class PoolService:
         return StatsReply(
             id=request.id,
             pool=pool,
-            counters=owner.stats() | self.counters,
+            counters=owner.stats() | self._counted(),
             namespaces=[_plain(entry) for entry in owner.namespaces()],
             clients=[_plain(entry) for entry in owner.clients()],
         )
-
-
-def _decode(payload: bytes) -> AnyRequest:
-    if len(payload) > MAX_MESSAGE_BYTES:
-        raise _RefusedError("too_large", f"a message has at most {MAX_MESSAGE_BYTES} bytes")
-    request: AnyRequest = protocol.decode_request(payload)
-    return request
-
-
-def _id_of(payload: bytes) -> int:
-    if len(payload) > MAX_MESSAGE_BYTES:
-        return 0
-    try:
-        return _decode_head(payload).id
-    except protocol.DECODE_ERRORS:
-        return 0
 
 
 def _expect_held(lock: Path) -> None:
@@ -304,14 +307,14 @@ def _expect_held(lock: Path) -> None:
             f"the daemon may not open {lock.name} in clients/: run both as one user, or serve with "
             "--group-access and let the daemon's group read and write the file (mode 0660)"
         )
-        raise _RefusedError("lock", text) from None
+        raise RefusedError("lock", text) from None
     if not held:
-        raise _RefusedError("lock", f"hold a shared flock on {lock.name} in clients/ first")
+        raise RefusedError("lock", f"hold a shared flock on {lock.name} in clients/ first")
 
 
 def _refs(refs: bytes) -> bytes:
     if len(refs) % REF_BYTES:
-        raise _RefusedError("malformed", f"slot references have {REF_BYTES} bytes each")
+        raise RefusedError("malformed", f"slot references have {REF_BYTES} bytes each")
     return refs
 
 

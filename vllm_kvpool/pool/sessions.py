@@ -29,6 +29,8 @@ class Session(NamedTuple):
     larger."""
     namespace: int = NO_NAMESPACE
     """Index in the pool's namespace table."""
+    digest: bytes = b""
+    """Of the namespace."""
 
 
 class Sessions:

@@ -90,6 +90,7 @@ class CopyEngine {
     CopyStatus check_after(Direction direction, SlotRef ref) const;
     bool is_ours(Direction direction, SlotRef ref) const;
     uint8_t* shard(SlotRef ref) const { return file_->payload(ref.slot) + shard_offset_; }
+    uint32_t seed_of(SlotRef ref) const;
     bool has_good_checksum(SlotRef ref) const;
     void write_trailer(SlotRef ref) const;
     bool wants_checksum(SlotRef ref) const;

@@ -16,6 +16,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kvpool/chains.h"
@@ -34,6 +35,10 @@ struct StoreOptions {
 
 struct NamespaceCounts {
     uint64_t slabs = 0, slots = 0, free = 0, writing = 0, ready = 0, doomed = 0, pinned = 0;
+};
+
+struct Changes {
+    std::vector<BlockKey> ready, gone;
 };
 
 class PoolOwner {
@@ -70,6 +75,13 @@ class PoolOwner {
     size_t clear(std::optional<uint32_t> name_space, bool pinned);
     size_t expire(uint32_t now_s);
     size_t evict(uint32_t name_space, size_t count);
+
+    // For the directory that tells other hosts what is here: which blocks became READY and which were forgotten since
+    // the last call, by namespace. Nothing is noted before `keep_journal`.
+    void keep_journal() { journal_on_ = true; }
+    std::map<uint32_t, Changes> take_changes() { return std::exchange(journal_, {}); }
+    // READY blocks of a slab, all of the namespace that has it (kNoSlot: nobody has).
+    std::pair<uint32_t, std::vector<BlockKey>> ready_keys(uint32_t slab) const;
 
     std::map<std::string, uint64_t> stats() const;
     void check_integrity() const;
@@ -142,6 +154,8 @@ class PoolOwner {
     size_t search_turn_ = 0;
     LazyArray<uint32_t> guard_;  // stamped slots are not evicted during the current call
     uint32_t guard_stamp_ = 1;
+    bool journal_on_ = false;
+    std::map<uint32_t, Changes> journal_;  // by namespace
     std::deque<uint32_t> doomed_;
     struct Expiry {
         uint32_t at_s;

@@ -1,0 +1,223 @@
+"""Engines of two hosts: what one has stored the other loads, or computes when that is not to be had."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+from helpers import Daemon, until
+from redis_server import RedisServer
+
+from benchmarks.processes import free_port
+from vllm_kvpool.connector.scheduler import SchedulerSide
+
+EAGER = {"min_remote_tokens": BLOCK, "pull_deadline_ms": 20_000, "prefill_tokens_per_s": 1}
+MakeEngine = Callable[..., MiniEngine]
+
+
+class Pair(NamedTuple):
+    """Two hosts; `make_engine(host)` starts an engine on one of them."""
+
+    a: Daemon
+    b: Daemon
+    make_engine: MakeEngine
+
+
+@pytest.fixture
+def pair(
+    shm_dir: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Pair]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    redis = RedisServer(tmp_path).start()
+    daemons, engines = [], []
+    for name in "ab":
+        folder = shm_dir / name
+        folder.mkdir()
+        listen = f"tcp://127.0.0.1:{free_port()}"
+        options = ("--min-block", "4KiB", "--listen", listen, "--directory", redis.url)
+        daemons.append(Daemon(folder, *options, size="32MiB").start())
+
+    def make(host: Daemon, *, extra: dict[str, Any] | None = None, **options: Any) -> MiniEngine:
+        common = {"pool": host.name, "shm_dir": str(host.shm_dir), "checksum": "all", **EAGER}
+        engines.append(MiniEngine(tiny_model, extra={**common, **(extra or {})}, **options))
+        return engines[-1]
+
+    yield Pair(*daemons, make)
+    for engine in engines:
+        engine.close()
+    for daemon in daemons:
+        if daemon.process is not None:
+            daemon.resume()
+            assert daemon.stop() == 0, daemon.errors()
+            assert "Traceback" not in daemon.errors()
+    redis.kill()
+
+
+def side(engine: MiniEngine) -> SchedulerSide:
+    scheduler = engine.connector._scheduler
+    assert scheduler is not None
+    return scheduler
+
+
+def store_on(engine: MiniEngine, daemon: Daemon, *prompts: list[int]) -> None:
+    """And wait until other hosts can know of it."""
+    for prompt in prompts:
+        engine.generate(prompt)
+        # On a busy machine a store may have come too late and been skipped.
+        until(lambda prompt=prompt: _is_stored(engine, prompt), "the prompt to be stored")
+    assert daemon.counter("ready") >= len(prompts[0]) // BLOCK
+    # Some of the blocks are listed, nobody but the keys knows how many: two turns of the daemon.
+    time.sleep(1)
+
+
+def _is_stored(engine: MiniEngine, prompt: list[int]) -> bool:
+    engine.reset_prefix_cache()
+    return engine.generate(prompt)[1] == (len(prompt) - 1) // BLOCK * BLOCK
+
+
+def reasons(engine: MiniEngine) -> dict[str, int]:
+    return {key: n for key, n in engine.stats.items() if key.startswith("pull_ends")}
+
+
+def test_loads_what_another_host_stored(pair: Pair) -> None:
+    a, b = pair.make_engine(pair.a), pair.make_engine(pair.b)
+    prompt = prompt_of(1, 40 * BLOCK + 5)
+    store_on(a, pair.a, prompt)
+    output, cached = b.generate(prompt)
+    assert output == expected_output(prompt)
+    assert cached == 40 * BLOCK, (b.stats, pair.a.stats()["counters"], pair.b.stats()["counters"])
+    assert pair.b.counter("pulled_blocks") == 40
+    assert not b._stats.data.get("load_failed_blocks:checksum")
+
+
+def test_only_the_tail_comes_from_there(pair: Pair) -> None:
+    a, b = pair.make_engine(pair.a), pair.make_engine(pair.b)
+    b.generate(prompt_of(1, 20 * BLOCK + 1))
+    b.reset_prefix_cache()
+    store_on(a, pair.a, prompt_of(1, 60 * BLOCK + 1))
+    output, cached = b.generate(prompt_of(1, 60 * BLOCK + 1))
+    assert output == expected_output(prompt_of(1, 60 * BLOCK + 1))
+    assert cached == 60 * BLOCK
+    assert pair.b.counter("pulled_blocks") == 40
+
+
+def test_nobody_has_it(pair: Pair) -> None:
+    b = pair.make_engine(pair.b)
+    prompt = prompt_of(2, 10 * BLOCK)
+    assert b.generate(prompt) == (expected_output(prompt), 0)
+    assert reasons(b) == {"pull_ends:absent": 1}
+
+
+def test_short_prompts_are_not_asked_for(pair: Pair) -> None:
+    b = pair.make_engine(pair.b, extra={"min_remote_tokens": 20 * BLOCK})
+    b.generate(prompt_of(2, 10 * BLOCK))
+    assert pair.b.counter("pulls") == 0
+
+
+def test_never_wait(pair: Pair) -> None:
+    b = pair.make_engine(pair.b, extra={"pull_deadline_ms": 0})
+    b.generate(prompt_of(2, 10 * BLOCK))
+    assert pair.b.counter("pulls") == 0
+
+
+def test_the_other_host_hangs(pair: Pair) -> None:
+    a, b = pair.make_engine(pair.a), pair.make_engine(pair.b, extra={"pull_deadline_ms": 500})
+    prompt = prompt_of(1, 30 * BLOCK)
+    store_on(a, pair.a, prompt)
+    pair.a.pause()
+    assert b.generate(prompt) == (expected_output(prompt), 0)
+    assert reasons(b)
+
+
+def test_our_daemon_hangs(pair: Pair) -> None:
+    b = pair.make_engine(pair.b, extra={"pull_deadline_ms": 500})
+    prompt = prompt_of(1, 30 * BLOCK)
+    pair.b.pause()
+    request = b.add(prompt)
+    until(lambda: (b.step(), b.outputs[request])[1], "the request to be computed")
+    pair.b.resume()
+    b.run()
+    assert b.outputs[request] == expected_output(prompt)
+    assert reasons(b) == {"pull_ends:no_answer": 1}
+
+
+def test_our_daemon_dies(pair: Pair) -> None:
+    b = pair.make_engine(pair.b, extra={"pull_deadline_ms": 500})
+    pair.b.pause()
+    request = b.add(prompt_of(1, 30 * BLOCK))
+    b.step()
+    pair.b.kill()
+    b.run()
+    assert b.outputs[request] == expected_output(prompt_of(1, 30 * BLOCK))
+
+
+def test_abort_while_waiting(pair: Pair) -> None:
+    a, b = pair.make_engine(pair.a), pair.make_engine(pair.b)
+    prompt = prompt_of(1, 30 * BLOCK)
+    store_on(a, pair.a, prompt)
+    pair.a.pause()
+    free = b.free_blocks
+    request = b.add(prompt)
+    until(lambda: (b.step(), side(b)._pulls._pulling)[1], "the pull")
+    b.abort(request)
+    until(lambda: (b.step(), pair.b.counter("pulls_cancelled"))[1], "the end of the pull")
+    assert not side(b)._pulls._pulling
+    assert not side(b)._pulls._held
+    assert b.free_blocks == free
+
+
+def test_many_at_once_pull_once(pair: Pair) -> None:
+    a, b = pair.make_engine(pair.a), pair.make_engine(pair.b, num_blocks=2_048)
+    prompt = prompt_of(1, 40 * BLOCK + 5)
+    store_on(a, pair.a, prompt)
+    requests = [b.add(prompt) for _ in range(32)]
+    b.run(timeout_s=60)
+    assert all(b.outputs[request] == expected_output(prompt) for request in requests)
+    cached = {b.cached_tokens[request] for request in requests}
+    assert cached == {40 * BLOCK}, (cached, b.stats)
+    assert pair.b.counter("pulled_blocks") == 40
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_waiting_and_loading_requests_do_not_starve_each_other(
+    pair: Pair, asynchronous: bool
+) -> None:
+    """KV memory for a few prompts only; some prompts are here, some on the other host, some nowhere,
+    some are aborted. All others end, with the right tokens."""
+    draw = random.Random(3)
+    a = pair.make_engine(pair.a)
+    extra = {"pull_deadline_ms": 200}
+    b = pair.make_engine(pair.b, num_blocks=101, asynchronous=asynchronous, extra=extra)
+    prompts = {seed: prompt_of(seed, 30 * BLOCK + seed) for seed in range(10, 26)}
+    for seed in range(10, 18):
+        b.generate(prompts[seed])
+    store_on(a, pair.a, *(prompts[seed] for seed in range(18, 22)))
+    b.reset_prefix_cache()
+    asked = {}
+    give_up = time.monotonic() + 120
+    for _ in range(60):
+        seed = draw.choice(list(prompts))
+        asked[b.add(prompts[seed])] = seed
+        for _ in range(draw.randrange(3)):
+            b.step()
+        if draw.random() < 0.1:
+            request = draw.choice(list(asked))
+            del asked[request]
+            b.abort(request)
+        if draw.random() < 0.1 and not b.scheduler.has_requests():
+            b.reset_prefix_cache()
+    while b.scheduler.has_requests() or b.busy:
+        assert time.monotonic() < give_up, (b.scheduler.requests, vars(side(b)._pulls))
+        b.step()
+    for request, seed in asked.items():
+        assert b.outputs[request] == expected_output(prompts[seed])
+    assert pair.b.counter("pulled_blocks") > 0
+    assert not side(b)._pulls._held
+    assert not side(b)._pulls._pulling
+    assert not side(b)._pulls._loading

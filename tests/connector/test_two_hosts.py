@@ -1,0 +1,111 @@
+"""Two real engines on two hosts, which meet in Redis and on a CURVE connection only."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from connector.test_end_to_end import BLOCK, OPTIONS, metric, prompt_of, reset
+from helpers import until
+from redis_server import RedisServer
+
+from benchmarks.completions import complete
+from benchmarks.processes import Engine, PoolDaemon, free_port
+from vllm_kvpool.connector import compat
+from vllm_kvpool.curve import make_keys
+from vllm_kvpool.pool.admin import fetch_stats
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+POOL = "shared"
+TOKENS = 30 * BLOCK + 17
+
+
+class RealHost(NamedTuple):
+    daemon: PoolDaemon
+    engine: Engine
+    shm_dir: Path
+
+    def counter(self, name: str) -> int:
+        return int(fetch_stats(POOL, str(self.shm_dir))["counters"].get(name, 0))
+
+
+@pytest.fixture(scope="module")
+def hosts(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[RealHost, RealHost]]:
+    logs = tmp_path_factory.mktemp("hosts")
+    shm = Path(tempfile.mkdtemp(prefix="kvpool-test-", dir="/dev/shm"))
+    redis = RedisServer(logs).start()
+    keys = [logs / "keys-a", logs / "keys-b"]
+    public = [make_keys(folder, folder.name)[0] for folder in keys]
+    for folder, other in zip(keys, reversed(public), strict=True):
+        shutil.copy(other, folder)
+    seeds = {"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}
+    made = []
+    with contextlib.ExitStack() as stack:
+        for folder in keys:
+            shm_dir = shm / folder.name
+            shm_dir.mkdir()
+            listen = f"tcp://127.0.0.1:{free_port()}"
+            options = {"listen": listen, "keys": str(folder), "directory": redis.url}
+            log = logs / f"{folder.name}.log"
+            daemon = PoolDaemon(log, name=POOL, size="256MiB", shm_dir=str(shm_dir), **options)
+            stack.enter_context(daemon)
+            extra = {"pool": POOL, "shm_dir": str(shm_dir), "checksum": "all"}
+            # Tiny models compute faster than this machine moves bytes: ask for the bytes anyway.
+            patient = {"pull_deadline_ms": 10_000, "prefill_tokens_per_s": 100}
+            engine = Engine(
+                tiny_model,
+                logs / f"{folder.name}-engine.log",
+                extra={**extra, **patient, "load_deadline_ms": 30_000},
+                options=OPTIONS,
+                env={"OMP_NUM_THREADS": "1", **seeds},
+            )
+            made.append(RealHost(daemon, stack.enter_context(engine), shm_dir))
+        for host in made:
+            host.engine.wait_ready()
+        yield made[0], made[1]
+        for host in made:
+            assert "Traceback" not in host.engine.log.read_text()
+            assert "Traceback" not in host.daemon.log.read_text()
+    redis.kill()
+    shutil.rmtree(shm)
+
+
+def test_what_a_computed_b_loads(hosts: tuple[RealHost, RealHost]) -> None:
+    a, b = hosts
+    prompt = prompt_of(1, TOKENS)
+    first = complete(a.engine, prompt)
+    until(lambda: a.counter("directory_writes") >= TOKENS // BLOCK, "the directory")
+    time.sleep(1)
+    second = complete(b.engine, prompt)
+    assert second.tokens == first.tokens
+    full = TOKENS // BLOCK * BLOCK
+    assert second.cached_tokens >= 0.95 * full
+    assert b.counter("pulled_blocks") >= 0.95 * TOKENS // BLOCK
+    assert metric(b.engine, "kvpool_pulled_tokens") >= 0.95 * full
+
+
+def test_the_other_way_round_and_without_redis(hosts: tuple[RealHost, RealHost]) -> None:
+    """What B has pulled it keeps: nobody is asked for it again."""
+    a, b = hosts
+    prompt = prompt_of(2, TOKENS)
+    first = complete(b.engine, prompt)
+    before = b.counter("directory_writes")
+    until(lambda: b.counter("stored") and b.counter("directory_writes") >= before, "the directory")
+    time.sleep(1)
+    assert complete(a.engine, prompt).tokens == first.tokens
+    pulled = a.counter("pulled_blocks")
+    assert pulled >= 0.95 * TOKENS // BLOCK
+    reset(a.engine)
+    b.daemon.kill()
+    again = complete(a.engine, prompt)
+    assert (again.tokens, a.counter("pulled_blocks")) == (first.tokens, pulled)
+    assert again.cached_tokens >= 0.95 * TOKENS // BLOCK * BLOCK

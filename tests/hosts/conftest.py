@@ -1,0 +1,105 @@
+"""Several hosts on this machine: each has a shared-memory folder of its own and a real daemon."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from helpers import Daemon, connect, until
+from redis_server import RedisServer
+
+from benchmarks.processes import free_port
+from vllm_kvpool.client import PoolClient
+from vllm_kvpool.protocol import Pulled
+from vllm_kvpool.types import BlockKeys
+
+
+class Host:
+    """One host's daemon, and a fake engine beside it."""
+
+    def __init__(self, daemon: Daemon, port: int) -> None:
+        self.daemon = daemon
+        self.port = port
+        self._client: PoolClient | None = None
+
+    @property
+    def client(self) -> PoolClient:
+        if self._client is None:
+            self._client = connect(self.daemon.paths)
+        return self._client
+
+    def start_pull(self, keys: BlockKeys, within_ms: int = 5_000) -> int:
+        pull_id = self.client.pull(keys, b"", within_ms)
+        assert pull_id is not None, dict(self.client.skipped)
+        return pull_id
+
+    def wait_pulls(self, *pull_ids: int) -> list[Pulled]:
+        """In the order of their ends."""
+        answers: list[Pulled] = []
+
+        def all_there() -> bool:
+            self.client.poll()
+            answers.extend(self.client.take_pulled())
+            return {answer.id for answer in answers} >= set(pull_ids)
+
+        until(all_there, "the end of pulls")
+        return answers
+
+    def pull(self, keys: BlockKeys, within_ms: int = 5_000) -> Pulled:
+        return self.wait_pulls(self.start_pull(keys, within_ms))[0]
+
+    def counter(self, name: str) -> int:
+        return self.daemon.counter(name)
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        if self.daemon.process is not None:
+            self.daemon.resume()
+            assert self.daemon.stop() == 0, self.daemon.errors()
+            assert "Traceback" not in self.daemon.errors(), self.daemon.errors()
+
+
+@pytest.fixture
+def shm_dir() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="kvpool-test-", dir="/dev/shm"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path).start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def make_host(shm_dir: Path, redis_server: RedisServer) -> Iterator[Callable[..., Host]]:
+    hosts: list[Host] = []
+
+    def make(*options: str, size: str = "64MiB", port: int = 0, url: str = "") -> Host:
+        folder = shm_dir / f"host{len(hosts)}"
+        folder.mkdir()
+        port = port or free_port()
+        common = ["--listen", f"tcp://127.0.0.1:{port}", "--directory", url or redis_server.url]
+        hosts.append(Host(Daemon(folder, *common, *options, size=size).start(), port))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+def wait_listed(host: Host, blocks: int) -> None:
+    """Until the directory has heard of so many blocks of `host` in all."""
+    until(lambda: host.counter("directory_writes") >= blocks, "the directory")
+
+
+def settle() -> None:
+    """Longer than lookups are cached."""
+    time.sleep(1.1)

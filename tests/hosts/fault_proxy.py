@@ -1,0 +1,102 @@
+"""A TCP relay between two hosts that does to their traffic what a bad network does."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Self
+
+from benchmarks.processes import free_port
+
+CHUNK_BYTES = 256 << 10
+
+
+class FaultProxy:
+    """Relays to `target` port. Attributes may change at any time and count at once."""
+
+    def __init__(self, target: int) -> None:
+        self.port = free_port()
+        self.target = target
+        self.delay_s = 0.0
+        """Each piece of an answer waits so long."""
+        self.dropping = False
+        """Nothing passes, and nobody is told: a partition."""
+        self.corrupt_after: int | None = None
+        """From the server: one bit flips once so many bytes have passed, whenever that is set."""
+        self.stall_after: int | None = None
+        """From the server: nothing passes behind so many bytes."""
+        self.passed = 0
+        """Bytes from the server."""
+        self._open: list[socket.socket] = []
+        self._closing = False
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self._listener.settimeout(0.05)
+        self._start(self._accept)
+
+    def _start(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            with contextlib.suppress(OSError):
+                near, _ = self._listener.accept()
+                self._relay(near)
+        self._listener.close()
+
+    def _relay(self, near: socket.socket) -> None:
+        try:
+            far = socket.create_connection(("127.0.0.1", self.target))
+        except OSError:
+            near.close()
+            return
+        self._open += [near, far]
+        for source, sink, answers in ((near, far, False), (far, near, True)):
+            self._start(self._pump, source, sink, answers)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(CHUNK_BYTES):
+                if answers:
+                    data = self._spoiled(data)
+                    time.sleep(self.delay_s)
+                    self.passed += len(data)
+                while self._holds(answers) and not self._closing:
+                    time.sleep(0.01)
+                sink.sendall(data)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _holds(self, answers: bool) -> bool:
+        stalled = answers and self.stall_after is not None and self.passed > self.stall_after
+        return self.dropping or stalled
+
+    def _spoiled(self, data: bytes) -> bytes:
+        if self.corrupt_after is None or self.passed + len(data) <= self.corrupt_after:
+            return data
+        place = max(0, self.corrupt_after - self.passed)
+        self.corrupt_after = None
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+    def close(self) -> None:
+        self._closing = True
+        self._threads[0].join()
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+        for end in self._open:
+            end.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,173 @@
+"""Another host's daemon, as the exchange reads from it: a few connections side by side.
+
+One TCP stream does not fill a fast link, and one that lost a packet holds back only itself. ZeroMQ
+connects and connects again; here each connection says hello first, and again when the other side has
+forgotten it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import msgspec
+import zmq
+
+from vllm_kvpool import protocol
+from vllm_kvpool.clock import now_ms
+from vllm_kvpool.curve import HostKeys
+from vllm_kvpool.pool.directory import HostRecord
+from vllm_kvpool.protocol import (
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    AnyReply,
+    Error,
+    Hello,
+    MatchBlocks,
+    ReadBlocks,
+    Welcome,
+)
+
+CONNECTIONS = 4
+QUEUE_MESSAGES = 16
+"""A connection's messages that wait in ZeroMQ: with frames of 4 MiB the bound for its memory."""
+HELLO_RETRY_MS = 1_000
+SUSPECT_MS = 5_000
+"""A host that did not answer is not asked again so soon."""
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 10_000
+MAX_WIRE_BYTES = 2 * MAX_FRAME_BYTES
+
+
+@dataclass(slots=True)
+class _Connection:
+    socket: zmq.Socket[bytes]
+    greeted: bool = False
+    hello_due_ms: int = 0
+    outstanding: int = 0
+    queue: deque[bytes] = field(default_factory=deque)
+
+
+class Peer:
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], host: HostRecord, keys: HostKeys | None
+    ) -> None:
+        self.host = host
+        self.suspect_until_ms = 0
+        self.bytes_per_s = 0.0
+        """As the last transfers went; 0: not known yet."""
+        self.used_ms = now_ms()
+        self._connections = [_Connection(_socket(context, host, keys)) for _ in range(CONNECTIONS)]
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        return [connection.socket for connection in self._connections]
+
+    def ask(self, request: MatchBlocks | ReadBlocks) -> None:
+        """Send it as soon as there is a connection, over the one with the least to do."""
+        self.used_ms = now_ms()
+        chosen = min(self._connections, key=lambda c: (not c.greeted, c.outstanding))
+        chosen.outstanding += 1
+        chosen.queue.append(protocol.encode(request))
+
+    def receive(self) -> Iterator[tuple[AnyReply, list[memoryview]]]:
+        """What has come, a bounded number of messages. Frames are valid until the next one is
+        taken."""
+        for connection in self._connections:
+            self._greet(connection)
+            for _ in range(QUEUE_MESSAGES):
+                message = _take(connection.socket)
+                if message is None:
+                    break
+                if not self._is_greeting(connection, message[0]):
+                    if _is_end(message[0]):
+                        connection.outstanding = max(0, connection.outstanding - 1)
+                    yield message
+            self._flush(connection)
+
+    def _greet(self, connection: _Connection) -> None:
+        now = now_ms()
+        if connection.greeted or now < connection.hello_due_ms:
+            return
+        hello = Hello(version=PROTOCOL_VERSION, now_ms=now, pid=os.getpid())
+        if _send(connection.socket, protocol.encode(hello)):
+            connection.hello_due_ms = now + HELLO_RETRY_MS
+
+    def _is_greeting(self, connection: _Connection, reply: AnyReply) -> bool:
+        if isinstance(reply, Welcome):
+            connection.greeted = True
+            return True
+        if isinstance(reply, Error) and reply.code in {"hello", "version"}:
+            connection.greeted = False
+            connection.hello_due_ms = 0
+            if reply.code == "version":
+                self.suspect_until_ms = connection.hello_due_ms = now_ms() + SUSPECT_MS
+        return False
+
+    def _flush(self, connection: _Connection) -> None:
+        while connection.greeted and connection.queue:
+            if not _send(connection.socket, connection.queue[0]):
+                return
+            connection.queue.popleft()
+
+    def note_rate(self, nbytes: int, elapsed_ms: int) -> None:
+        rate = nbytes * 1_000 / max(1, elapsed_ms)
+        self.bytes_per_s = (self.bytes_per_s + rate) / 2 if self.bytes_per_s else rate
+
+    def suspect(self) -> None:
+        """It did not answer in time. What still waits to be sent is worth nothing any more."""
+        self.suspect_until_ms = now_ms() + SUSPECT_MS
+        for connection in self._connections:
+            connection.queue.clear()
+            connection.outstanding = 0
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.socket.close(linger=0)
+
+
+def _socket(
+    context: zmq.Context[zmq.Socket[bytes]], host: HostRecord, keys: HostKeys | None
+) -> zmq.Socket[bytes]:
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IMMEDIATE, 1)
+    socket.setsockopt(zmq.IPV6, 1)
+    socket.setsockopt(zmq.RCVHWM, QUEUE_MESSAGES)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_WIRE_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    socket.setsockopt(zmq.RECONNECT_IVL, 100)
+    socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2_000)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, 3_000)
+    if keys is not None:
+        keys.connect(socket, host.public_key)
+    socket.connect(host.address)
+    return socket
+
+
+def _send(socket: zmq.Socket[bytes], message: bytes) -> bool:
+    try:
+        socket.send(message, zmq.NOBLOCK)
+    except zmq.Again:
+        return False
+    return True
+
+
+def _take(socket: zmq.Socket[bytes]) -> tuple[AnyReply, list[memoryview]] | None:
+    """None: nothing there. What cannot be read is passed over."""
+    while True:
+        try:
+            head, *frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        try:
+            reply: AnyReply = protocol.decode_reply(head.buffer)
+        except msgspec.DecodeError:
+            continue
+        return reply, [frame.buffer for frame in frames]
+
+
+def _is_end(reply: AnyReply) -> bool:
+    return not isinstance(reply, protocol.Blocks) or reply.last

@@ -1,0 +1,153 @@
+"""The door for other hosts: what they may ask, and what they hear. Reads shared memory only.
+
+Who comes through was let in by the CURVE keys, if there are any; a first message, `hello`, settles
+the version. Nothing that comes in stops the daemon: see `PoolService.handle`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import msgspec
+import zmq
+
+from vllm_kvpool import protocol
+from vllm_kvpool.clock import now_ms
+from vllm_kvpool.pool.outbox import Outbox
+from vllm_kvpool.pool.requests import RefusedError, check_version, checked_keys, decode, id_of
+from vllm_kvpool.pool.sessions import Session, Sessions
+from vllm_kvpool.pool.spaces import Space, Spaces
+from vllm_kvpool.protocol import (
+    NO_CLIENT,
+    AnyPeerRequest,
+    AnyReply,
+    Error,
+    Hello,
+    MatchBlocks,
+    Matched,
+    ReadBlocks,
+    Welcome,
+)
+from vllm_kvpool.types import KEY_BYTES, num_refs
+
+logger = logging.getLogger(__name__)
+
+MAX_BURST = 64
+
+
+CONNECT_MS = 1_000
+MAX_PUT_OFF = 256
+
+
+class _NotYetError(Exception):
+    """Ask again in a moment. Never leaves this module."""
+
+
+class PeerDoor:
+    def __init__(
+        self, socket: zmq.Socket[bytes], spaces: Spaces, pool_id: str, counters: Counter[str]
+    ) -> None:
+        self._socket = socket
+        self._spaces = spaces
+        self._pool_id = pool_id
+        self._counters = counters
+        self._sessions = Sessions()
+        self._outbox = Outbox(socket, counters)
+        self._put_off: list[tuple[bytes, bytes, int]] = []
+        """(connection, message, until when): their namespace's client is still connecting."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether `pump` has something to do before the next message comes."""
+        return self._outbox.busy or bool(self._put_off)
+
+    def pump(self) -> None:
+        self._outbox.pump()
+        put_off, self._put_off = self._put_off, []
+        for connection, payload, until_ms in put_off:
+            self._serve(connection, payload, until_ms)
+
+    def serve_burst(self) -> None:
+        for _ in range(MAX_BURST):
+            try:
+                connection, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            payload = frames[0] if len(frames) == 1 else b""
+            self._serve(connection, payload, now_ms() + CONNECT_MS)
+
+    def _serve(self, connection: bytes, payload: bytes, until_ms: int) -> None:
+        try:
+            reply = self.handle(connection, payload)
+        except _NotYetError:
+            if now_ms() < until_ms and len(self._put_off) < MAX_PUT_OFF:
+                self._put_off.append((connection, payload, until_ms))
+                return
+            reply = self._error(id_of(payload), "busy", "the pool is just starting")
+        if reply is not None:
+            self._send(connection, reply)
+
+    def _send(self, connection: bytes, reply: AnyReply) -> None:
+        try:
+            self._socket.send_multipart([connection, protocol.encode(reply)], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            self._counters["replies_lost"] += 1
+
+    def handle(self, connection: bytes, payload: bytes) -> AnyReply | None:
+        self._counters["peer_requests"] += 1
+        request_id = 0
+        try:
+            request: AnyPeerRequest = decode(payload, protocol.decode_peer_request)
+            request_id = request.id
+            return self._answer(connection, request)
+        except msgspec.DecodeError as error:
+            return self._error(id_of(payload), "malformed", str(error))
+        except RefusedError as error:
+            return self._error(request_id or id_of(payload), error.code, str(error))
+        except _NotYetError:
+            raise
+        except Exception as error:
+            logger.exception("a peer's request failed")
+            return self._error(request_id, "internal", f"{type(error).__name__}: {error}")
+
+    def _error(self, request_id: int, code: str, message: str) -> Error:
+        self._counters[f"error_{code}"] += 1
+        return Error(id=request_id, code=code, message=message)
+
+    def _answer(self, connection: bytes, request: AnyPeerRequest) -> AnyReply | None:
+        if isinstance(request, Hello):
+            return self._hello(connection, request)
+        session = self._sessions.get(connection)
+        if session is None:
+            raise RefusedError("hello", "say hello first (the daemon may have been restarted)")
+        now = now_ms()
+        if request.deadline_ms and now > request.deadline_ms + session.offset_ms:
+            raise RefusedError("deadline", "too late: nothing was done")
+        keys = checked_keys(request.keys)
+        space = self._space(request.namespace, now)
+        match request:
+            case MatchBlocks():
+                if space is None:
+                    return Matched(id=request.id)
+                blocks = num_refs(space.client.match_prefix(keys))
+                return Matched(id=request.id, blocks=blocks, slot_bytes=space.slot_bytes)
+            case ReadBlocks():
+                if space is None:
+                    raise RefusedError("namespace", "no such namespace in this pool")
+                self._outbox.add(connection, request, space)
+        return None
+
+    def _space(self, digest: bytes, now: int) -> Space | None:
+        if len(digest) != KEY_BYTES:
+            raise RefusedError("malformed", f"a namespace's digest has {KEY_BYTES} bytes")
+        space = self._spaces.get(digest, now)
+        if space is not None and not space.client.readable:
+            raise _NotYetError
+        return space
+
+    def _hello(self, connection: bytes, hello: Hello) -> Welcome:
+        check_version(hello)
+        offset_ms = now_ms() - hello.now_ms
+        self._sessions.add(connection, Session(NO_CLIENT, "", hello.now_ms, offset_ms))
+        return Welcome(id=hello.id, version=hello.version, pool_id=self._pool_id, epoch=0)
