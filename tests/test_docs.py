@@ -160,12 +160,16 @@ def reasons_in_code() -> dict[str, set[str]]:
     skipped = words(*(n.slice for n in nodes("client.py", ast.Subscript, "skipped")))
     skipped = skipped - {"store_<reason>"} | {f"store_{reason}" for reason in left}
     (statuses,) = nodes("connector/loads.py", ast.Assign, "STATUS_REASONS")
+    pulls = "pool/pulls.py"
+    pull_calls = ("_fail", "_finish", "_try_next_host")
+    pull_ends = [call for name in pull_calls for call in nodes(pulls, ast.Call, name)]
     elsewhere = {
         "misses": bodies("connector/loads.py", "look_up", "_compared", "_why_not"),
         "load_failed_blocks": words(*statuses.value.values),
         "store_skipped_blocks": words(*nodes("connector/stores.py", ast.Call, "_give_up"))
         | left
         | {"<code>"},
+        "pull_ends": words(*pull_ends, *(a.value for a in nodes(pulls, ast.Assign, "reason"))),
         "client_skipped": skipped | bodies("client.py", "_why_not"),
     }
     reasons: dict[str, set[str]] = {name: set(found) for name, found in elsewhere.items()}
