@@ -5,7 +5,8 @@
 Makes a tiny random model, starts a pool daemon and two `vllm serve` engines, and asks each prompt in four ways: for the
 first time (recompute), again (VRAM hit), again after the engine's own cache was emptied (pool hit), and at the other
 engine, which never computed it (pool hit of another engine's blocks). Then it kills the daemon during traffic and
-starts it again. Ends with a table, and with status 1 if a claim did not hold.
+starts it again. At last it puts a router in front of both, kills the engine that a conversation runs on, and goes on
+with the conversation. Ends with a table, and with status 1 if a claim did not hold.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.completions import SETTLE_S, Completion, complete, reset_prefix_cache, wake
-from benchmarks.processes import Engine, PoolDaemon
+from benchmarks.conversation import Turn, converse
+from benchmarks.processes import Engine, PoolDaemon, Router
 from benchmarks.report import write_json
 from benchmarks.tiny_model import make_tiny_model
 from vllm_kvpool.channel import call_daemon
@@ -39,6 +41,8 @@ KV_CACHE = ("--num-gpu-blocks-override", "80", "--max-model-len", "8192")
 process has never touched, and a load would be charged with the kernel making them."""
 ROUNDS, REPEATS = 2, 2
 """Turns of the engines for each prompt, and hits of a kind in each turn."""
+TURNS, KILLED_AFTER = 8, 4
+"""Of the conversation through the router."""
 ROWS = ("recompute", "VRAM hit", "pool hit, same engine", "pool hit, other engine")
 
 
@@ -70,6 +74,7 @@ class Stage:
     """The daemon and the two engines."""
 
     def __init__(self, folder: Path, model: Path) -> None:
+        self.folder = folder
         self.daemon = PoolDaemon(
             folder / "daemon.log", name="demo", size="4GiB", shm_dir=str(folder / "shm")
         )
@@ -200,6 +205,43 @@ def judge_outage(
     ]
 
 
+def conversation(stage: Stage, show: Show) -> list[Turn]:
+    """Through a router; the engine that it runs on is killed when its blocks are in the pool."""
+    stored = stage.stored_blocks()
+
+    def after_turn(number: int, turn: Turn) -> None:
+        share = turn.cached_tokens / turn.prompt_tokens
+        show.say(
+            f"turn {number}, on {turn.replica}: {share:.0%} of {turn.prompt_tokens} tokens cached"
+        )
+        if number == KILLED_AFTER:
+            stage.wait_stored(stored + turn.prompt_tokens // BLOCK_TOKENS)
+            show.say(f"killing {turn.replica} (SIGKILL)")
+            next(engine for engine in stage.engines if turn.replica in engine.url).kill()
+
+    urls = [engine.url for engine in stage.engines]
+    with Router(stage.folder / "router.log", "--probe-interval-s", "1", *urls) as router:
+        return converse(router.url, TURNS, after_turn)
+
+
+def judge_conversation(turns: list[Turn]) -> list[Claim]:
+    before, after = turns[:KILLED_AFTER], turns[KILLED_AFTER:]
+    places = len({turn.replica for turn in before}), len({turn.replica for turn in after})
+    moved = before[0].replica != after[0].replica
+    full = after[0].prompt_tokens // BLOCK_TOKENS * BLOCK_TOKENS
+    share = after[0].cached_tokens / full
+    return [
+        Claim(
+            f"the router kept {len(turns)} turns together until their engine died, and then again",
+            places == (1, 1) and moved,
+        ),
+        Claim(
+            f"the first turn on the other engine found >= 90% of its full blocks ({share:.1%})",
+            share >= 0.9,
+        ),
+    ]
+
+
 def run(
     stage: Stage, show: Show, num_prompts: int
 ) -> tuple[dict[str, dict[str, float]], list[Claim]]:
@@ -220,6 +262,8 @@ def run(
     again = complete(stage.engines[0], prompts[-1])
     claims += judge_outage(answers, prompts, again)
     claims.append(Claim("and gives the same answer", again.tokens == answer(runs[-1])))
+    show.say("a conversation through the router")
+    claims += judge_conversation(conversation(stage, show))
     return table, claims
 
 

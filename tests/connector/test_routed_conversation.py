@@ -5,18 +5,16 @@ Two engines, one pool, the router in front. Nothing but the router's address is 
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import shutil
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 from helpers import until
 
+from benchmarks.conversation import Turn, converse
 from benchmarks.processes import Engine, PoolDaemon, Router
 from vllm_kvpool.connector import compat
 from vllm_kvpool.pool.admin import fetch_stats
@@ -26,20 +24,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 POOL = f"routed-{os.getpid()}"
 BLOCK = 64
 OPTIONS = (f"--block-size={BLOCK}", "--max-model-len=8192", "--enable-prefix-caching")
-SYSTEM_TOKENS = 2_500
 TURNS = 10
 KILLED_AFTER = 5
-
-
-class Turn(NamedTuple):
-    replica: str
-    answer: str
-    prompt_tokens: int
-    cached_tokens: int
-
-    @property
-    def full_blocks(self) -> int:
-        return self.prompt_tokens // BLOCK
 
 
 class Served(NamedTuple):
@@ -69,47 +55,18 @@ def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     shutil.rmtree(daemon.folder)
 
 
-def ask(router: Router, messages: list[dict[str, str]]) -> Turn:
-    """urllib.error.HTTPError: the request failed."""
-    body = {"model": "tiny", "messages": messages, "max_tokens": 24, "temperature": 0}
-    request = urllib.request.Request(
-        f"{router.url}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        answer: dict[str, Any] = json.loads(response.read())
-        usage = answer["usage"]
-        return Turn(
-            response.headers["x-kvpool-replica"],
-            answer["choices"][0]["message"]["content"],
-            usage["prompt_tokens"],
-            (usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0,
-        )
-
-
 def wait_stored(blocks: int) -> None:
     """All that the conversation has filled so far can be found in the pool."""
     until(lambda: fetch_stats(POOL, "/dev/shm")["counters"]["ready"] >= blocks, "the pool")
 
 
-def text_of(draw: random.Random, length: int) -> str:
-    return "".join(draw.choices("abcdefghij klmnop", k=length))
-
-
 def test_a_conversation_survives_its_engine(served: Served) -> None:
-    draw = random.Random(5)
-    messages = [{"role": "system", "content": text_of(draw, SYSTEM_TOKENS)}]
-    turns: list[Turn] = []
-    for number in range(1, TURNS + 1):
-        messages.append({"role": "user", "content": text_of(draw, 50)})
-        turn = ask(served.router, messages)
-        messages.append({"role": "assistant", "content": turn.answer})
-        turns.append(turn)
+    def kill_its_engine(number: int, turn: Turn) -> None:
         if number == KILLED_AFTER:
-            wait_stored(turn.full_blocks)
+            wait_stored(turn.prompt_tokens // BLOCK)
             served.engines[turn.replica].kill()
 
+    turns = converse(served.router.url, TURNS, kill_its_engine)
     before, after = turns[:KILLED_AFTER], turns[KILLED_AFTER:]
     first, second = before[0].replica, after[0].replica
     assert [turn.replica for turn in before] == [first] * KILLED_AFTER
@@ -117,7 +74,7 @@ def test_a_conversation_survives_its_engine(served: Served) -> None:
     assert {first, second} == set(served.engines)
     assert before[0].cached_tokens == 0
     for turn in turns[1:]:
-        assert turn.cached_tokens >= 0.9 * turn.full_blocks * BLOCK, turn
+        assert turn.cached_tokens >= 0.9 * (turn.prompt_tokens // BLOCK) * BLOCK, turn
 
     # the engine that took over had computed nothing of it: what it found came from the pool
     metrics = served.engines[second].metrics()
