@@ -157,8 +157,8 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
         parse_size("min_block", self.min_block)
         if self.numa and re.fullmatch(r"\d+(,\d+)*", self.numa) is None:
             raise ConfigError("numa", self.numa, 'list node numbers, as in "0" or "0,1"')
-        if self.advertise:
-            _tcp_host("advertise", self.advertise)
+        if self.advertise and _tcp_host("advertise", self.advertise) == "*":
+            raise ConfigError("advertise", self.advertise, "name the address that other hosts use")
         if self.listen and not self.listen.startswith("ipc://"):
             _tcp_host("listen", self.listen)
 

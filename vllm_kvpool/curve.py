@@ -52,8 +52,7 @@ class HostKeys:
 
     def allows(self, public_key: bytes) -> bool:
         """`public_key` in Z85."""
-        if public_key not in self._allowed:
-            self._read_allowed()
+        self._read_allowed()
         return public_key in self._allowed
 
     def _read_allowed(self) -> None:
@@ -91,7 +90,7 @@ class HostKeys:
 def _read(file: Path) -> tuple[bytes, bytes]:
     try:
         public, secret = zmq.auth.load_certificate(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise ConfigError("keys", str(file), str(error)) from None
     if secret is None:
         raise ConfigError("keys", str(file), "it holds no secret key: vllm-kvpool keygen")
@@ -102,5 +101,5 @@ def _public(file: Path) -> bytes | None:
     """None: no key file after all, or one that is just being written."""
     try:
         return zmq.auth.load_certificate(file)[0]
-    except (OSError, ValueError):
+    except (OSError, ValueError, IndexError):  # IndexError: a line without "="
         return None

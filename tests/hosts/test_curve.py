@@ -10,7 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from helpers import check_bytes, keys_of, run_cli, store
+from helpers import check_bytes, keys_of, run_cli, store, until
 from hosts.conftest import Host, wait_listed
 
 from vllm_kvpool.curve import HostKeys, make_keys
@@ -119,6 +119,25 @@ def test_a_key_that_comes_later_counts(
     assert known["type"] == "welcome"
 
 
+def test_a_key_that_is_taken_away_counts_no_more(folders: dict[str, Path]) -> None:
+    keys, other = HostKeys(folders["a"]), HostKeys(folders["b"])
+    assert keys.allows(other.public)
+    (folders["a"] / "b.key").unlink()
+    until(lambda: not keys.allows(other.public), "the folder to be read again")
+
+
+def test_a_half_written_key_file_is_passed_over(
+    make_host: MakeHost, folders: dict[str, Path], dial: Callable[..., Any]
+) -> None:
+    a = make_host("--keys", str(folders["a"]))
+    (folders["a"] / "half.key").write_text("metadata\ncurve\n    public-key")
+    server = HostKeys(folders["a"])
+    assert hello_reply(dial(a.port, server, HostKeys(folders["stranger"]))) is None
+    known = hello_reply(dial(a.port, server, HostKeys(folders["b"])))
+    assert known is not None
+    assert known["type"] == "welcome"
+
+
 def test_keygen(tmp_path: Path) -> None:
     done = run_cli("keygen", tmp_path / "keys", "--name", "host1")
     assert done.returncode == 0, done.stderr
@@ -140,6 +159,7 @@ def test_keygen(tmp_path: Path) -> None:
         (["--listen", "tcp://[::]:7707", "--insecure", "--directory", "redis://h"], "--advertise"),
         (["--listen", "udp://127.0.0.1:7707"], "tcp://address:port"),
         (["--listen", "tcp://127.0.0.1"], "tcp://address:port"),
+        (["--listen", "tcp://127.0.0.1:7707", "--advertise", "tcp://*:7707"], "other hosts use"),
         (["--listen", "tcp://127.0.0.1:7707", "--keys", "/nowhere"], "keygen"),
         (["--directory", "http://h"], "redis://"),
         (["--listen", "tcp://192.0.2.1:7707", "--insecure"], "listen"),

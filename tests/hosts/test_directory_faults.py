@@ -68,6 +68,26 @@ def test_hanging(make_host: MakeHost, redis_server: RedisServer) -> None:
     wait_pulled(b, "chain", 20)
 
 
+def test_records_that_are_none(make_host: MakeHost, redis_server: RedisServer) -> None:
+    """Somebody else writes into the same Redis."""
+    a, b = make_host(), make_host()
+    store(a.client, keys_of("chain", 20))
+    wait_listed(a, 20)
+    client = redis_server.client
+    (record,) = client.keys(b"kvpool:1:test:{hosts}:*")[:1]
+    good = client.get(record)
+    for number, raw in enumerate(
+        [b"\x81\xa4name\xa1\xff", b"\x91" * 5_000, good.replace(b"tcp:", b"udp:")]
+    ):
+        host = bytes([number]) * 16
+        client.set(b"kvpool:1:test:{hosts}:" + host, raw)
+        client.sadd(b"kvpool:1:test:{hosts}", host)
+        for entry in client.keys(b"kvpool:1:test:{[0-9a-f]*"):
+            client.sadd(entry, host)
+    wait_pulled(b, "chain", 20)
+    assert b.counter("directory_failed") == 0
+
+
 def test_stale_entry(make_host: MakeHost, redis_server: RedisServer) -> None:
     """The directory says that a host has what it has no more."""
     a, b = make_host(), make_host()

@@ -56,6 +56,18 @@ def test_every_byte_is_the_same(make_host: MakeHost) -> None:
         client.close()
 
 
+def test_a_chain_that_goes_in_a_circle(make_host: MakeHost) -> None:
+    """Nobody's engine asks so, but what cannot be must not stay behind either."""
+    a, b = make_host(), make_host()
+    keys = keys_of("chain", 3)
+    store(a.client, keys)
+    wait_listed(a, 3)
+    first = keys[:KEY_BYTES]
+    circle = BlockKeys(keys[: 2 * KEY_BYTES] + first + keys[2 * KEY_BYTES :])
+    b.pull(circle)
+    assert b.pull(keys).blocks == 3
+
+
 def test_only_what_is_missing(make_host: MakeHost) -> None:
     a, b = make_host(), make_host()
     keys = keys_of("chain", 60)

@@ -7,12 +7,13 @@ A request that is put off can meet one that waits for its load in a way that nei
     who has been put off goes on only in a step that begins with no load on its way, and
     nobody begins a load while somebody is put off: it is put off, too.
 
-Pulls end by their deadline and loads by theirs, so that step comes. Who has waited for it for longer
-than a pull may take stops new pulls from beginning until then (`_draining`).
+Pulls end by their deadline and loads by theirs, so that step comes. Who could load at once, or has waited for longer
+than a pull may take, stops new pulls from beginning until then (`_draining`).
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from vllm_kvpool.clock import now_ms
@@ -20,6 +21,7 @@ from vllm_kvpool.config import ConnectorConfig
 from vllm_kvpool.connector.link import PoolLink
 from vllm_kvpool.connector.records import Lookup, RequestRecord
 from vllm_kvpool.connector.stats import KVPoolStats
+from vllm_kvpool.connector.tradeoff import Tradeoff
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs
 
 REPLY_GRACE_MS = 100
@@ -27,12 +29,15 @@ REPLY_GRACE_MS = 100
 
 
 class PullPlanner:
-    def __init__(self, link: PoolLink, config: ConnectorConfig, stats: KVPoolStats) -> None:
+    def __init__(
+        self, link: PoolLink, config: ConnectorConfig, stats: KVPoolStats, tradeoff: Tradeoff
+    ) -> None:
         self._link = link
         self._min_tokens = max(1, config.min_remote_tokens)
         self._deadline_ms = config.pull_deadline_ms
         self._tokens_per_s = config.prefill_tokens_per_s
         self._stats = stats
+        self._tradeoff = tradeoff
         self._pulling: dict[int, RequestRecord] = {}
         self._held: dict[str, int] = {}
         """Requests that are put off, and since when (ms)."""
@@ -56,6 +61,7 @@ class PullPlanner:
         others_held = bool(self._held.keys() - {request_id})
         unsettled = bool(self._pulling) or self._loading_before
         if lookup.num_load_blocks and others_held and unsettled:
+            self._draining = True  # it could begin at once, but for the pulls
             return self._hold(request_id)
         self._held.pop(request_id, None)
         return False
@@ -78,10 +84,12 @@ class PullPlanner:
         if tokens < self._min_tokens:
             return False
         record.pull_asked = True
+        within_ms = min(self._deadline_ms, self._worth_ms(tokens))
+        if within_ms <= 0:
+            return False
         keys = record.keys(self._link.mask)
         missing = BlockKeys(keys[here * KEY_BYTES : end * KEY_BYTES])
         parent = keys[(here - 1) * KEY_BYTES : here * KEY_BYTES] if here else b""
-        within_ms = min(self._deadline_ms, tokens * 1_000 // self._tokens_per_s)
         pull_id = client.pull(missing, parent, within_ms)
         if pull_id is None:
             return False
@@ -89,6 +97,13 @@ class PullPlanner:
         record.pull_id = pull_id
         record.pull_due_ms = now_ms() + within_ms + REPLY_GRACE_MS
         return True
+
+    def _worth_ms(self, tokens: int) -> int:
+        """How much sooner they can be loaded than computed, once they are here."""
+        prediction = self._tradeoff.predict(tokens, time.monotonic())
+        if prediction is None:
+            return tokens * 1_000 // self._tokens_per_s
+        return int((prediction.compute_s - prediction.load_s) * 1_000)
 
     def take_answers(self) -> None:
         """After each `PoolLink.poll`."""

@@ -46,7 +46,7 @@ class SchedulerSide:
         )
         self._stores = StorePlanner(self._link, config, self._stats, numbers)
         self._hints = HintReader()
-        self._pulls = PullPlanner(self._link, config, self._stats)
+        self._pulls = PullPlanner(self._link, config, self._stats, self._tradeoff)
         self._records: dict[str, RequestRecord] = {}
         self._polled = False
         """Whether messages were taken since the last step was planned."""

@@ -30,7 +30,7 @@ import msgspec
 
 from vllm_kvpool._native import FORMAT_VERSION
 from vllm_kvpool.errors import ConfigError
-from vllm_kvpool.protocol import ACCEPTED_VERSIONS, PROTOCOL_VERSION
+from vllm_kvpool.protocol import ACCEPTED_VERSIONS, PROTOCOL_VERSION, decoder
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class HostRecord(msgspec.Struct, frozen=True):
     @property
     def is_ours(self) -> bool:
         """Whether we can talk to it, and use its blocks byte by byte."""
+        if not self.address.startswith("tcp://"):
+            return False
         return self.protocol in ACCEPTED_VERSIONS and self.format == FORMAT_VERSION
 
 
@@ -155,13 +157,15 @@ class Directory:
     # the thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            self._serve()
-        except Exception:
-            # The pool of this host goes on without a directory.
-            logger.exception("the directory's thread failed")
-            self._counters["directory_failed"] += 1
-            self._redis = None
+        while True:
+            try:
+                return self._serve()
+            except Exception as error:
+                # The pool of this host goes on, for a moment without a directory.
+                logger.exception("the directory's thread failed, it begins anew")
+                self._counters["directory_failed"] += 1
+                self._lose(error)
+                time.sleep(RETRY_S)
 
     def _serve(self) -> None:
         next_beat_s = next_flush_s = next_try_s = 0.0
@@ -213,6 +217,7 @@ class Directory:
             )
             self._said_away = True
         self._redis = None
+        self.wants_all = True  # what was not written is not known any more
         with self._lock:
             self._writes.clear()
         self._cache.clear()
@@ -337,9 +342,12 @@ class Directory:
         return self._prefix + b"{%02x}:" % key[0] + key
 
 
+_decode_record = decoder(HostRecord)
+
+
 def _record(raw: bytes | None) -> HostRecord | None:
     try:
-        return None if raw is None else msgspec.msgpack.decode(raw, type=HostRecord)
+        return None if raw is None else _decode_record(raw)
     except msgspec.DecodeError:
         return None
 

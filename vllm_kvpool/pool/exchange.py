@@ -233,9 +233,14 @@ class Exchange:
         peer = self._peers.get(host.id)
         if peer is not None and peer.host != host:
             peer.close()
+            del self._peers[host.id]
             peer = None
         if peer is None:
-            peer = self._peers[host.id] = Peer(self._context, host, self._keys)
+            try:
+                peer = self._peers[host.id] = Peer(self._context, host, self._keys)
+            except zmq.ZMQError:
+                self.counters["peers_bad_address"] += 1
+                return None
         return peer if now_ms() >= peer.suspect_until_ms else None
 
     def _close_idle_peers(self, now: int) -> None:

@@ -18,7 +18,7 @@ from vllm_kvpool.client import PoolClient
 from vllm_kvpool.pool.requests import RefusedError
 from vllm_kvpool.pool.spaces import Space
 from vllm_kvpool.protocol import MAX_FRAME_BYTES, MAX_FRAMES, Blocks, ReadBlocks
-from vllm_kvpool.types import REF_BYTES, BlockKeys, SlotRefs, num_refs, unpack_refs
+from vllm_kvpool.types import REF_BYTES, BlockKeys, SlotRefs, num_keys, num_refs, unpack_refs
 
 MAX_READS = 64
 WINDOW_BYTES = 16 << 20
@@ -49,10 +49,10 @@ class _Read:
         slot_bytes, (per_message, pieces) = self.space.slot_bytes, _cut(self.space.slot_bytes)
         first, offset = self.sent // pieces * per_message, self.sent % pieces * MAX_FRAME_BYTES
         view = self.space.client.view
-        assert view is not None
         refs = unpack_refs(self.refs[first * REF_BYTES : (first + per_message) * REF_BYTES])
         end = min(offset + MAX_FRAME_BYTES, slot_bytes)
-        frames = [view.payload(ref)[offset:end] for ref in refs]
+        assert view is not None or not refs, "the view of leased blocks is gone"
+        frames = [view.payload(ref)[offset:end] for ref in refs] if view is not None else []
         sums = b"".join(crc32c(frame).to_bytes(4, "little") for frame in frames)
         last = self.sent + 1 == self.num_messages
         return Blocks(id=self.request_id, first=first, offset=offset, sums=sums, last=last), frames
@@ -82,6 +82,10 @@ class Outbox:
 
     def add(self, connection: bytes, request: ReadBlocks, space: Space) -> None:
         """RefusedError: too much was asked for at once."""
+        if num_keys(request.keys) > max(1, WINDOW_BYTES // space.slot_bytes):
+            raise RefusedError(
+                "too_large", f"a read has {WINDOW_BYTES} bytes at most, or one block"
+            )
         line = self._lines.setdefault(connection, _Line())
         if len(line.waiting) >= MAX_READS:
             raise RefusedError("busy", f"{MAX_READS} reads wait on this connection already")

@@ -143,7 +143,11 @@ def _socket(
     socket.setsockopt(zmq.CONNECT_TIMEOUT, 3_000)
     if keys is not None:
         keys.connect(socket, host.public_key)
-    socket.connect(host.address)
+    try:
+        socket.connect(host.address)
+    except zmq.ZMQError:
+        socket.close()
+        raise
     return socket
 
 

@@ -201,8 +201,12 @@ class Pulls:
         if self._directory is None or not self._directory.available:
             asker.reason = "no_directory"
             return None
-        end = here
-        while end < num_keys(asker.keys) and _key(asker.keys, end) not in self._by_key:
+        end, seen = here, set[bytes]()
+        while end < num_keys(asker.keys):
+            key = _key(asker.keys, end)
+            if key in self._by_key or key in seen:
+                break
+            seen.add(key)
             end += 1
         keys = BlockKeys(asker.keys[here * KEY_BYTES : end * KEY_BYTES])
         parent = _key(asker.keys, here - 1) if here else asker.parent
