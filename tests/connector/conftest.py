@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,14 +32,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(
         folder, hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=512
     )
-
-
-@pytest.fixture
-def shm_dir() -> Iterator[Path]:
-    """A folder in shared memory that stands for a host's /dev/shm."""
-    folder = Path(tempfile.mkdtemp(prefix="kvpool-test-", dir="/dev/shm"))
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

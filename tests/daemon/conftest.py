@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,14 +8,6 @@ from helpers import Daemon, EngineProcess, connect
 from raw_client import RawClient
 
 from vllm_kvpool.client import PoolClient
-
-
-@pytest.fixture
-def shm_dir() -> Iterator[Path]:
-    """A folder in shared memory that stands for a host's /dev/shm."""
-    folder = Path(tempfile.mkdtemp(prefix="kvpool-test-", dir="/dev/shm"))
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,13 +60,6 @@ class Host:
             self.daemon.resume()
             assert self.daemon.stop() == 0, self.daemon.errors()
             assert "Traceback" not in self.daemon.errors(), self.daemon.errors()
-
-
-@pytest.fixture
-def shm_dir() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="kvpool-test-", dir="/dev/shm"))
-    yield folder
-    shutil.rmtree(folder)
 
 
 @pytest.fixture
