@@ -7,6 +7,7 @@ import asyncio
 import json
 import socket
 import struct
+import time
 from collections.abc import Callable
 
 import pytest
@@ -171,6 +172,36 @@ def test_a_slow_client_holds_the_engine_back(router: RouterUnderTest, replica: F
         while received < 64 << 20 and (part := connection.recv(1 << 20)):
             received += len(part)
         assert received == 64 << 20
+    router.wait_idle()
+
+
+def test_a_connection_that_waited_for_a_slow_client_serves_the_next(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    """Whole answers of one read each: one of them fills the slow client's buffers with its end."""
+    size = 48 << 10
+    replica.behave = raw(head(200, f"content-length: {size}") + bytes(size))
+    router = make_router(replica, options=("--response-timeout-s", "1"))
+    data = json.dumps(chat_body()).encode()
+    lines = (f"POST {CHAT} HTTP/1.1", "host: x", f"content-length: {len(data)}", "", "")
+    request = "\r\n".join(lines).encode() + data
+
+    def answered() -> bool:
+        give_up = time.monotonic() + 1
+        while router.metric("in_flight_requests"):
+            if time.monotonic() > give_up:
+                return False
+        return True
+
+    with router.connect() as slow:
+        for number in range(1, 1_000):
+            slow.sendall(request)
+            until(lambda number=number: len(replica.requests) == 2 * number - 1)
+            if not answered():
+                break
+            assert router.chat().status == 200
+        assert number > 1
+        assert router.metric("replica_ejections_total") == 0
     router.wait_idle()
 
 

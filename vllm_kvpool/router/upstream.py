@@ -236,6 +236,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._client = self._answer = self._end = None
         self._pieces.clear()
         self._head = None
+        self.resume_reading()  # its last client may have stalled at the answer's end
         self.used = True
 
 
