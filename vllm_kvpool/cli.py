@@ -51,7 +51,7 @@ ROUTE_HELP = {
     "client_timeout_s": "for a client that sends or takes nothing",
     "connect_timeout_s": "for a replica to accept a connection or answer a probe",
     "response_timeout_s": "for a replica that sends nothing",
-    "retry_share": "retries are at most this share of all requests",
+    "retry_share": "retries after 429 or 503 are at most this share of all requests",
     "probe_interval_s": "between two looks at a replica",
     "warmup_s": "until a replica that comes gets its full share",
     "drain_s": "for which a replica that drains keeps its sessions",

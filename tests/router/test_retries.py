@@ -10,6 +10,8 @@ from helpers import until
 from router.conftest import CHAT, RouterUnderTest
 from router.fake_replica import FakeReplica, answer, raw, silent
 
+from vllm_kvpool.router.retries import BURST, LOST_MOVES
+
 MakeRouter = Callable[..., RouterUnderTest]
 TURNS = ("--policy", "round_robin", "--probe-interval-s", "60")
 """Each replica in turn, and only requests find out what is wrong with it."""
@@ -84,14 +86,25 @@ def test_killing_a_replica_loses_no_request_without_a_first_byte(
 ) -> None:
     replicas[0].behave = silent
     router = make_router(*replicas, options=TURNS)
-    with ThreadPoolExecutor(30) as pool:
-        answers = [pool.submit(router.chat, str(number)) for number in range(30)]
-        until(lambda: replicas[0].in_flight >= 8)
+    with ThreadPoolExecutor(64) as pool:
+        answers = [pool.submit(router.chat, str(number)) for number in range(64)]
+        until(lambda: replicas[0].in_flight > BURST)
         waiting = replicas[0].in_flight
         replicas[0].die()
         got = [answer.result() for answer in answers]
-    assert [answer.status for answer in got] == [200] * 30, router.log.read_text()
+    assert [answer.status for answer in got] == [200] * 64, router.log.read_text()
     assert router.metric("retries_total") >= waiting
+    router.wait_idle()
+
+
+def test_a_request_that_kills_replicas_ends(
+    make_router: MakeRouter, make_replica: Callable[..., FakeReplica]
+) -> None:
+    many = [make_replica(behave=raw(b"", close=True)) for _ in range(5)]
+    router = make_router(*many, options=TURNS)
+    assert router.chat().status == 502
+    assert sum(len(replica.requests) for replica in many) == 1 + LOST_MOVES
+    assert router.metric("retries_refused_total") == 1
     router.wait_idle()
 
 

@@ -6,8 +6,8 @@
     a byte of an answer has gone to the client                        no way back: an answer that
                                                                       breaks off does so for the client
 
-Before the head of an answer nothing has reached the client, so nothing is lost by going on; the retry
-budget bounds it. Each load that is counted at a dispatch is released in `finally`, whatever ends it.
+Before the head of an answer nothing has reached the client, so nothing is lost by going on;
+`retries.py` bounds it. Each load that is counted at a dispatch is released in `finally`, whatever ends it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vllm_kvpool.router.downstream import ClientConnection
 from vllm_kvpool.router.headers import for_rank, request_head, response_head
 from vllm_kvpool.router.policy import NO_HITS
 from vllm_kvpool.router.request import Request
+from vllm_kvpool.router.retries import LOST_MOVES
 from vllm_kvpool.router.types import Decision, Hits, Replica, ReplicaState
 from vllm_kvpool.router.upstream import (
     ResponseHead,
@@ -54,6 +55,7 @@ class Exchange:
         self._route, self._policy = context.route(request)
         self._began = context.clock()
         self._retries = 0
+        self._lost = 0
         self._rest: list[Replica] = []
         """Whom the decision names and nobody has tried, best first."""
 
@@ -78,16 +80,22 @@ class Exchange:
         context.reject(self._client, 502, "no replica could be reached")
 
     def _next(self, failed: Replica, outcome: Outcome) -> Replica | None:
-        """The best replica that is left, if one is and the budget allows it."""
+        """The best replica that is left, if one is and it may be tried."""
         metrics = self._context.metrics
         if not self._others_left():
             return None
-        if not self._context.budget.spend():
+        if not self._may_move(outcome):
             metrics.count("retries_refused_total")
             return None
         metrics.count("retries_total", failed.id, outcome.value)
         self._retries += 1
         return self._rest.pop(0)
+
+    def _may_move(self, outcome: Outcome) -> bool:
+        if outcome is Outcome.BUSY:
+            return self._context.budget.spend()
+        self._lost += 1
+        return self._lost <= LOST_MOVES
 
     def _others_left(self) -> bool:
         """Leaves out those that have gone or are out by now."""

@@ -45,7 +45,7 @@ METRICS = {
     "decisions_total": Metric("counter", ("reason",), "Decisions of the policy."),
     "rejected_total": Metric("counter", ("status",), "Requests answered by the router itself."),
     "retries_total": Metric("counter", ("replica", "cause"), "Requests taken on from a replica."),
-    "retries_refused_total": Metric("counter", (), "Retries that the budget did not allow."),
+    "retries_refused_total": Metric("counter", (), "Retries that were not allowed."),
     "lost_answers_total": Metric("counter", ("replica",), "Answers that broke off on the way."),
     "disconnects_total": Metric("counter", (), "Clients that left before their answer's end."),
     "first_byte_seconds": Metric("histogram", ("replica",), "From the whole request to the answer's head."),

@@ -1,10 +1,16 @@
-"""How many requests may be sent a second time: a share of all requests, so that a fleet in trouble is
-not given a multiple of its load."""
+"""How many requests may be sent a second time.
+
+the replica is full or not ready    a share of all requests: a fleet in trouble is not given a
+                                    multiple of its load
+it was lost                         each request `LOST_MOVES` times: no more are moved than were in
+                                    flight there, and one that kills replicas ends soon
+"""
 
 from __future__ import annotations
 
 BURST = 16.0
-"""Retries that a router may make before it has seen any requests: a replica of a quiet fleet dies."""
+"""Retries that a router may make before it has seen any requests."""
+LOST_MOVES = 2
 
 
 class RetryBudget:
