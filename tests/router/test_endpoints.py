@@ -155,3 +155,14 @@ def test_load_and_cache_use_come_from_the_engines_metrics(
     replica.metrics = 'vllm:num_requests_waiting{engine="0"} 3.0\nvllm:kv_cache_usage_perc 0.25\n'
     until(lambda: router.metric("replica_waiting_requests", replica=replica.id) == 3)
     assert router.metric("replica_cache_usage", replica=replica.id) == 0.25
+
+
+def test_odd_metrics_of_an_engine_harm_nobody(
+    router: RouterUnderTest, replica: FakeReplica
+) -> None:
+    from helpers import until
+
+    replica.metrics = "vllm:num_requests_waiting oops\nvllm:kv_cache_usage_perc 0.25\n"
+    until(lambda: router.metric("replica_cache_usage", replica=replica.id) == 0.25)
+    assert router.metric("replica_waiting_requests", replica=replica.id) == 0
+    assert router.chat().status == 200

@@ -34,8 +34,9 @@ def test_addresses() -> None:
     assert parse_address("x", "a=http://h:8000/") == Replica("a", "http://h:8000")
     assert parse_address("x", "http://[::1]:80") == Replica("[::1]:80", "http://[::1]:80")
     assert parse_address("x", "dns://h:80@1") == DnsName("h", 80, 1)
+    assert parse_address("x", "dns://a.b.:80") == DnsName("a.b.", 80, None)
     for text in ("", "h:80", "https://h:80", "http://h", "http://h:0", "http://h:70000",
-                 "http://h:80/path", "http://h:80@x", "a=dns://h:80", "http://h:80@1@2"):  # fmt: skip
+                 "http://h:80/path", "http://h:80@x", "http://a..b:80", "dns://.a:80", f"dns://{'x' * 64}.a:80", "a=dns://h:80", "http://h:80@1@2"):  # fmt: skip
         with pytest.raises(ConfigError):
             parse_address("x", text)
 
@@ -111,6 +112,13 @@ def test_gauges_of_an_engine_and_of_its_ranks() -> None:
     assert parse_gauges(VLLM, None) == Gauges(7, 0.5, 24_000, 1.7e9)
     assert parse_gauges(VLLM, 1) == Gauges(5, 0.25, 8_000, 1.7e9)
     assert parse_gauges("sglang:num_queue_reqs 5", None) == Gauges()
+
+
+def test_what_is_no_number_is_no_gauge() -> None:
+    text = VLLM.replace(" 2.0", " oops").replace(" 0.5", " NaN").replace("1.7e+09", "1.7e+09x")
+    assert parse_gauges(text, None) == Gauges(5, 0.25, 24_000, None)
+    assert parse_gauges("vllm:num_requests_waiting oops", None) == Gauges()
+    assert parse_gauges(VLLM.replace('"1000"', f'"{"9" * 5_000}"'), 0).cache_tokens is None
 
 
 def test_metrics_of_workers_are_added_up() -> None:

@@ -110,6 +110,7 @@ def test_bad_configuration_is_refused(replica: FakeReplica) -> None:
     for arguments, text in (
         ((), "name the replicas"),
         (("x",), "http://host:port"),
+        (("http://engine..svc:8000",), "1 to 63 characters"),
         ((replica.url, replica.url), "another replica"),
         ((replica.url, "--policy", "best"), "choose one of"),
         ((replica.url, "--listen", "8080"), "127.0.0.1:8080"),

@@ -11,7 +11,7 @@ from vllm_kvpool.router.types import Replica
 
 _WRITTEN = re.compile(
     r"(?:(?P<name>[A-Za-z0-9][A-Za-z0-9._:-]*)=)?(?P<scheme>http|dns)://"
-    r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})/?(?:@(?P<rank>\d{1,4}))?"
+    r"(?P<host>[A-Za-z0-9._-]{1,254}|\[[0-9A-Fa-f:.]+\]):(?P<port>\d{1,5})/?(?:@(?P<rank>\d{1,4}))?"
 )
 
 
@@ -31,6 +31,8 @@ def parse_address(field: str, text: str) -> Replica | DnsName:
         raise ConfigError(
             field, text, fix + 'it for a name, or "dns://host:port" for a name\'s addresses'
         )
+    if any(not 0 < len(label) < 64 for label in match["host"].removesuffix(".").split(".")):
+        raise ConfigError(field, text, "each part of a host name has 1 to 63 characters")
     rank = None if match["rank"] is None else int(match["rank"])
     if match["scheme"] == "dns":
         if match["name"]:

@@ -43,7 +43,7 @@ class Probes:
             gauges = await self._gauges(entry)
         except aiohttp.ClientConnectorError as error:
             self._roster.failed(name, str(error), self._clock(), refused=True)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             text = str(error) or "no answer to /health in time"
             self._roster.failed(name, text, self._clock(), refused=False)
         else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from vllm_kvpool.router.roster import Gauges
 
 _CACHE = re.compile(r"^vllm:cache_config_info\{([^}]*)\} 1", re.MULTILINE)
-_SIZES = re.compile(r'(block_size|num_gpu_blocks)="(\d+)"')
+_SIZES = re.compile(r'(block_size|num_gpu_blocks)="(\d{1,15})"')
 _SAMPLE = re.compile(
     r"^(vllm:num_requests_waiting|vllm:kv_cache_usage_perc|process_start_time_seconds)"
     r"(?:\{([^}]*)\})? (\S+)",
@@ -21,7 +22,7 @@ def parse_gauges(text: str, rank: int | None) -> Gauges:
     values: dict[str, list[float]] = {}
     for name, labels, value in _SAMPLE.findall(text):
         if rank is None or "engine=" not in labels or f'engine="{rank}"' in labels:
-            values.setdefault(name, []).append(float(value))
+            values.setdefault(name, []).extend(_read(value))
     waiting = values.get("vllm:num_requests_waiting")
     usage = values.get("vllm:kv_cache_usage_perc")
     started = values.get("process_start_time_seconds")
@@ -31,6 +32,15 @@ def parse_gauges(text: str, rank: int | None) -> Gauges:
         _cache_tokens(text, rank),
         started[0] if started else None,
     )
+
+
+def _read(value: str) -> list[float]:
+    """Nothing, where it is no number."""
+    try:
+        number = float(value)
+    except ValueError:
+        return []
+    return [number] if math.isfinite(number) else []
 
 
 def _cache_tokens(text: str, rank: int | None) -> int | None:

@@ -76,7 +76,7 @@ async def resolve(name: DnsName) -> list[Replica] | None:
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(name.host, name.port, type=socket.SOCK_STREAM)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         logger.warning("%s: %s; its replicas stay as they are", name.host, error)
         return None
     hosts = sorted({str(address[0]) for *_, address in found})

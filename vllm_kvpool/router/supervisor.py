@@ -173,8 +173,11 @@ class Supervisor:
     async def _watch(self, probes: Probes) -> None:
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
-            await self._find_replicas()
-            await probes.look()
+            try:
+                await self._find_replicas()
+                await probes.look()
+            except Exception:  # one look less is better than no router
+                logger.exception("a look at the fleet failed")
             self._tell()
 
     async def _find_replicas(self) -> None:
