@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +150,20 @@ def test_dns(make_router: MakeRouter, replica: FakeReplica) -> None:
     router.wait_state(replica.id, "accepting")
     assert router.chat().status == 200
     assert listed(router)[replica.id]["sources"] == [f"dns:localhost:{replica.port}"]
+
+
+def test_dns_with_ranks(make_router: MakeRouter, replica: FakeReplica) -> None:
+    """Each rank of a name stays from one look to the next."""
+    names = [f"dns://localhost:{replica.port}@{rank}" for rank in (0, 1)]
+    router = make_router(*names, options=("--warmup-s", "1000"))
+    ranks = [f"{replica.id}@{rank}" for rank in (0, 1)]
+    for _ in range(20):
+        shares = [router.metric("replica_share", replica=rank) for rank in ranks]
+        assert shares == [1, 1], "there from the start, and never new"
+        time.sleep(0.05)
+    assert [listed(router)[rank]["sources"] for rank in ranks] == [
+        [f"dns:localhost:{replica.port}@{rank}"] for rank in (0, 1)
+    ]
 
 
 def test_a_name_that_is_not_known_hurts_nobody(

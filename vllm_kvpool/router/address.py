@@ -22,6 +22,12 @@ class DnsName(NamedTuple):
     port: int
     rank: int | None
 
+    @property
+    def source(self) -> str:
+        """What the roster calls it."""
+        place = f"dns:{self.host}:{self.port}"
+        return place if self.rank is None else f"{place}@{self.rank}"
+
 
 def parse_address(field: str, text: str) -> Replica | DnsName:
     """ConfigError: it is neither."""

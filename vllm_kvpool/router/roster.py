@@ -1,7 +1,7 @@
 """Who belongs to the fleet, and what is known of each. The parent's; workers get `statuses`. Pure.
 
-Replicas come from the configuration ("static"), the fleet file ("file"), DNS ("dns:host:port") and
-the admin endpoint ("admin"). Each source says who it has; who no source has is gone. What was
+Replicas come from the configuration ("static"), the fleet file ("file"), DNS ("dns:host:port[@rank]")
+and the admin endpoint ("admin"). Each source says who it has; who no source has is gone. What was
 removed by hand stays away until it is added by hand.
 """
 

@@ -190,14 +190,14 @@ class Supervisor:
 
     async def _resolve_names(self) -> None:
         names = [*self._static[1], *self._file_names]
-        sources = {f"dns:{name.host}:{name.port}" for name in names}
+        sources = {name.source for name in names}
         for entry in list(self._roster):
             for source in entry.sources - sources:
                 if source.startswith("dns:"):
                     self._roster.update(source, ())
         for name in names:
             if (replicas := await resolve(name)) is not None:
-                self._roster.update(f"dns:{name.host}:{name.port}", replicas)
+                self._roster.update(name.source, replicas)
 
     # operators ------------------------------------------------------------------------------------
 
