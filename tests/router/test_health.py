@@ -51,6 +51,17 @@ def test_refused_is_out_at_once_and_probed_less_and_less_often() -> None:
     assert health.ejections == 1
 
 
+def test_many_reports_of_one_failure_are_one() -> None:
+    health = Health(10, warm=True)
+    health.ok(0)
+    for report in range(20):
+        health.failed(1 + report / 1_000, "reset", refused=True)
+    assert health.probe_due(1 + FIRST_PAUSE_S)
+    health.failed(1 + FIRST_PAUSE_S, "refused", refused=True)
+    assert not health.probe_due(1 + FIRST_PAUSE_S + FIRST_PAUSE_S)
+    assert health.probe_due(1 + FIRST_PAUSE_S + 2 * FIRST_PAUSE_S)
+
+
 def test_half_open_forgives_nothing_and_keeps_the_pause() -> None:
     health = Health(10, warm=True)
     health.ok(0)

@@ -53,7 +53,10 @@ class Health:
             self.condition, self._pause_s = Condition.WELL, FIRST_PAUSE_S
 
     def failed(self, now: float, error: str, *, refused: bool) -> None:
-        """A probe or a request failed; `refused`: it cannot be reached at all."""
+        """A probe or a request failed; `refused`: it cannot be reached at all. Before the next probe
+        is due it is one more report of the same failure, and changes nothing."""
+        if not self.probe_due(now):
+            return
         self.error = error
         self._failures += 1
         on_trial = self.condition in {Condition.EJECTED, Condition.WARMING}
