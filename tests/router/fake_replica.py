@@ -97,7 +97,10 @@ class FakeReplica:
         self.gone = 0
         self.in_flight = 0
         self.well = True
-        self.metrics = ""
+        self.looks = 0
+        """Questions for its health."""
+        self.metrics: str | None = ""
+        """None: it takes the question and does not answer."""
         self._loop = asyncio.new_event_loop()
         self._tasks: set[asyncio.Task[None]] = set()
         self._thread: threading.Thread | None = None
@@ -174,9 +177,12 @@ class FakeReplica:
         self, request: Received, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         if request.target == "/health":
+            self.looks += 1
             writer.write(whole(200 if self.well else 500, {}))
             return
         if request.target == "/metrics":
+            if self.metrics is None:
+                await silent(request, writer)
             text = self.metrics.encode()
             writer.write(head(200, f"content-length: {len(text)}") + text)
             return

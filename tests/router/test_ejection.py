@@ -34,6 +34,19 @@ def test_out_when_its_health_says_so_and_back_again(
     assert set(shares(router, 60)) == {replica.id for replica in replicas}
 
 
+def test_metrics_that_do_not_come_eject_nobody(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    replica.metrics = "vllm:num_requests_waiting 3\n"
+    router = make_router(replica, options=("--connect-timeout-s", "0.2"))
+    replica.metrics = None
+    replica.looks = 0
+    until(lambda: replica.looks >= 5)
+    assert router.state(replica.id) == "accepting"
+    assert router.metric("replica_ejections_total") == 0
+    assert router.metric("replica_waiting_requests") == 3, "what it said last"
+
+
 def test_dead_and_back(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
     router = make_router(*replicas)
     replicas[0].die()

@@ -36,7 +36,8 @@ def test_addresses() -> None:
     assert parse_address("x", "dns://h:80@1") == DnsName("h", 80, 1)
     assert parse_address("x", "dns://a.b.:80") == DnsName("a.b.", 80, None)
     for text in ("", "h:80", "https://h:80", "http://h", "http://h:0", "http://h:70000",
-                 "http://h:80/path", "http://h:80@x", "http://a..b:80", "dns://.a:80", f"dns://{'x' * 64}.a:80", "a=dns://h:80", "http://h:80@1@2"):  # fmt: skip
+                 "http://h:80/path", "http://h:80@x", "http://a..b:80",
+                 "dns://.a:80", f"dns://{'x' * 64}.a:80", "a=dns://h:80", "http://h:80@1@2"):  # fmt: skip
         with pytest.raises(ConfigError):
             parse_address("x", text)
 

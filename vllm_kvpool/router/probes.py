@@ -40,20 +40,24 @@ class Probes:
             async with self._session.get(f"{url}/health", timeout=self._timeout) as response:
                 if response.status >= 400:
                     raise aiohttp.ClientPayloadError(f"/health answers {response.status}")
-            gauges = await self._gauges(entry)
         except aiohttp.ClientConnectorError as error:
             self._roster.failed(name, str(error), self._clock(), refused=True)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             text = str(error) or "no answer to /health in time"
             self._roster.failed(name, text, self._clock(), refused=False)
         else:
+            gauges = await self._gauges(entry)
             self._roster.ok(name, gauges, self._clock())
 
     async def _gauges(self, entry: Entry) -> Gauges:
-        """Nothing is known of an engine without metrics, and that is fine."""
+        """Nothing is known of an engine without metrics, and that is fine. Of one that is too busy to
+        tell them, what it told last."""
         url = f"{entry.replica.url}/metrics"
-        async with self._session.get(url, timeout=self._timeout) as response:
-            if response.status != 200:
-                return Gauges()
-            text = await response.content.read(MAX_METRICS_BYTES)
+        try:
+            async with self._session.get(url, timeout=self._timeout) as response:
+                if response.status != 200:
+                    return Gauges()
+                text = await response.content.read(MAX_METRICS_BYTES)
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return entry.gauges
         return parse_gauges(text.decode("utf-8", "replace"), entry.replica.dp_rank)
