@@ -55,6 +55,17 @@ def test_dead_and_back(make_router: MakeRouter, replicas: list[FakeReplica]) -> 
     router.wait_state(replicas[0].id, "accepting")
 
 
+def test_a_worker_takes_back_what_it_suspected(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    """The parent finds it well again while the worker still leaves it alone, and says so once."""
+    router = make_router(replica)
+    replica.die()
+    assert router.chat().status in {502, 503}
+    replica.open()
+    until(lambda: router.chat().status == 200)
+
+
 def test_half_open_a_small_share_first(
     make_router: MakeRouter, replicas: list[FakeReplica]
 ) -> None:

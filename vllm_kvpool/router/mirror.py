@@ -12,7 +12,8 @@ from vllm_kvpool.router.types import ReplicaState
 
 
 class Mirror:
-    """`suspects`: out, because this worker could not reach them, until the parent has looked."""
+    """`suspects`: out, because this worker could not reach them, until the parent has looked
+    or their time is over."""
 
     def __init__(self, fleet: Fleet, policy: Policy, ledger: PredictionLedger) -> None:
         self._fleet = fleet
@@ -20,6 +21,8 @@ class Mirror:
         self._ledger = ledger
         self._restarts: dict[str, int] = {}
         self._cache_tokens: dict[str, int] = {}
+        self._states: dict[str, ReplicaState] = {}
+        """What the parent said last."""
         self._suspects: dict[str, float] = {}
 
     def suspect(self, replica_id: str, until: float) -> None:
@@ -27,6 +30,13 @@ class Mirror:
         if replica_id in self._fleet:
             self._suspects[replica_id] = until
             self._fleet.set_state(replica_id, ReplicaState.OUT)
+
+    def end_suspicions(self, now: float) -> None:
+        """Of those whose time is over: the parent's last word holds, which it does not repeat."""
+        for name, until in list(self._suspects.items()):
+            if now >= until:
+                del self._suspects[name]
+                self._fleet.set_state(name, self._states[name])
 
     def apply(self, statuses: Iterable[ReplicaStatus], now: float) -> None:
         wanted = {status.replica.id: status for status in statuses}
@@ -52,6 +62,7 @@ class Mirror:
         if status.state is ReplicaState.DRAINING and member.state is ReplicaState.ACCEPTING:
             self._ledger.noted("drain", name, now)
         self._resize(name, status.gauges.cache_tokens)
+        self._states[name] = status.state
         suspected = now < self._suspects.get(name, 0.0)
         self._fleet.set_state(name, ReplicaState.OUT if suspected else status.state)
         self._fleet.set_share(name, status.share)
@@ -70,4 +81,5 @@ class Mirror:
         self._ledger.forget(replica_id)
         self._restarts.pop(replica_id, None)
         self._cache_tokens.pop(replica_id, None)
+        self._states.pop(replica_id, None)
         self._suspects.pop(replica_id, None)

@@ -122,6 +122,7 @@ class Supervisor:
             start = control.Configure(self._config, self._port, self._statuses())
             worker = await WorkerProcess.spawn(start)
             self._workers.append(worker)
+            worker.send(control.Statuses(self._statuses()))  # they may have changed meanwhile
             try:
                 status = await worker.listen(self._obey)
             finally:

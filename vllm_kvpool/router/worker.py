@@ -32,7 +32,7 @@ from vllm_kvpool.router.retries import RetryBudget
 from vllm_kvpool.router.tokens import Tokens
 
 LOOK_S = 0.25
-"""Between two looks for what waits too long."""
+"""Between two looks for what waits too long, and for suspicions that are over."""
 SUSPECT_S = 1.0
 """A replica that this worker could not reach is left alone until the parent knows."""
 BACKLOG = 1_024
@@ -136,6 +136,7 @@ class Worker:
             for client in list(self._clients):
                 client.check_time(now, config.client_timeout_s)
             self._connections.check_time(now, config.response_timeout_s)
+            self._mirror.end_suspicions(now)
 
     async def _finish(self) -> None:
         """Answers that are under way get `drain_s` to end."""
