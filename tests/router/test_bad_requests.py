@@ -102,8 +102,10 @@ LENGTH = f"content-length: {len(BODY)}"
 )  # fmt: skip
 def test_refused(healthy: RouterUnderTest, replica: FakeReplica, data: bytes, status: int) -> None:
     asked = len(replica.requests)
+    counted = healthy.metric("rejected_total", status=str(status))
     got = send(healthy, data)
     assert status_of(got) == status
+    assert healthy.metric("rejected_total", status=str(status)) == counted + 1
     top, _, body = got.partition(b"\r\n\r\n")
     assert b"connection: close" in top
     assert json.loads(body)["error"]["code"] == status

@@ -107,6 +107,7 @@ def test_by_hand(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
     fleet(router, "rm", replicas[0].id)
     assert used(router) == {replicas[1].id}
     until(lambda: set(listed(router)) == {replicas[1].id})
+    assert replicas[0].id not in router.ask("/metrics").body.decode(), "its series go with it"
     fleet(router, "add", replicas[0].url)
     router.wait_state(replicas[0].id, "accepting")
 

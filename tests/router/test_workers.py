@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import urlopen
 
 from helpers import run_cli, until
 from router.conftest import RouterUnderTest
@@ -59,6 +60,49 @@ def test_a_worker_that_dies_is_replaced(make_router: MakeRouter, replica: FakeRe
 
     until(served)
     assert router.metric("worker_restarts_total") == 1
+
+
+def test_counters_do_not_fall_with_a_worker(make_router: MakeRouter, replica: FakeReplica) -> None:
+    router = make_router(replica, options=("--workers", "2"))
+    old = router.workers()
+    for _ in range(20):
+        router.chat()
+    assert router.metric("requests_total") == 20
+    assert router.metric("first_byte_seconds_count") == 20
+    for pid in old:  # whichever took them
+        os.kill(pid, signal.SIGKILL)
+
+    def restarted() -> bool:
+        try:
+            return router.metric("worker_restarts_total") == 2
+        except OSError:  # it went to one that died
+            return False
+
+    until(restarted)
+    assert router.metric("requests_total") == 20
+    assert router.metric("first_byte_seconds_count") == 20
+    assert router.metric("first_byte_seconds_bucket", le="+Inf") == 20
+    router.wait_idle()
+
+
+def test_a_worker_that_does_not_answer_counts_as_before(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    router = make_router(replica, options=("--workers", "2"))
+    for _ in range(20):
+        router.chat()
+    assert router.metric("requests_total") == 20
+    stopped = router.workers()
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        with urlopen(f"http://{router.admin}/metrics", timeout=30) as response:
+            lines = response.read().decode().splitlines()
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
+    counted = [line for line in lines if line.startswith("kvpool_router_requests_total{")]
+    assert [line.rpartition(" ")[2] for line in counted] == ["20"]
 
 
 def test_workers_end_with_their_parent(make_router: MakeRouter, replica: FakeReplica) -> None:

@@ -56,11 +56,14 @@ class ClientConnection(asyncio.Protocol):
         connections: set[ClientConnection],
         max_body_bytes: int,
         loop: asyncio.AbstractEventLoop,
+        refused: Callable[[int], None],
     ) -> None:
+        """`refused`: told the status of each answer that no handler gave."""
         self._handler = handler
         self._connections = connections
         self._max_body_bytes = max_body_bytes
         self._loop = loop
+        self._refused = refused
         self._transport: asyncio.Transport | None = None
         self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
         self._incoming: Request | None = None
@@ -238,6 +241,7 @@ class ClientConnection(asyncio.Protocol):
             if self.begun:
                 self.abort()
             else:
+                self._refused(500)
                 self.answer(500, error_body(500, "the router failed; its log says why"))
         finally:
             self._task = None
@@ -253,6 +257,7 @@ class ClientConnection(asyncio.Protocol):
         self._next()
 
     def _farewell(self, refusal: Refusal) -> None:
+        self._refused(refusal.status)
         body = error_body(refusal.status, refusal.message)
         self.write(respond(refusal.status, body, close=True))
         if self._transport is not None:

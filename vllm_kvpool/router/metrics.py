@@ -95,6 +95,13 @@ class Metrics:
         histogram.counts[bisect_left(SECONDS, seconds)] += 1
         histogram.total += seconds
 
+    def forget(self, replica_id: str) -> None:
+        """It is gone from the fleet."""
+        for key in [key for key in self._counts if replica_of(key[0], key[1:]) == replica_id]:
+            del self._counts[key]
+        for key in [key for key in self._histograms if replica_of(key[0], key[1:]) == replica_id]:
+            del self._histograms[key]
+
     def samples(self) -> list[Sample]:
         """Buckets are not added up yet: `metrics_text` does."""
         samples: list[Sample] = [(n, tuple(labels), v) for (n, *labels), v in self._counts.items()]
@@ -104,6 +111,27 @@ class Metrics:
             samples.append((f"{name}_sum", tuple(labels), histogram.total))
             samples.append((f"{name}_count", tuple(labels), sum(histogram.counts)))
         return samples
+
+
+def _metric_of(name: str) -> Metric:
+    """Of a sample's name."""
+    return METRICS.get(name) or METRICS[name.rpartition("_")[0]]
+
+
+def replica_of(name: str, labels: tuple[str, ...]) -> str | None:
+    """Whom a sample is about, if it is about one replica."""
+    names = _metric_of(name).labels
+    return labels[names.index("replica")] if "replica" in names else None
+
+
+def counters_of(samples: Iterable[Sample]) -> list[Sample]:
+    """What stays of processes that ended: all but the gauges, added up."""
+    sums: dict[tuple[str, tuple[str, ...]], float] = {}
+    for name, labels, value in samples:
+        if _metric_of(name).kind != "gauge":
+            key = name, tuple(labels)
+            sums[key] = sums.get(key, 0) + value
+    return [(name, labels, value) for (name, labels), value in sums.items()]
 
 
 def metrics_text(samples: Iterable[Sample]) -> str:

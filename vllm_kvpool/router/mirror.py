@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from vllm_kvpool.router.fleet import Fleet
+from vllm_kvpool.router.metrics import Metrics
 from vllm_kvpool.router.policy import Policy
 from vllm_kvpool.router.prediction_ledger import PredictionLedger
 from vllm_kvpool.router.roster import ReplicaStatus
@@ -15,10 +16,13 @@ class Mirror:
     """`suspects`: out, because this worker could not reach them, until the parent has looked
     or their time is over."""
 
-    def __init__(self, fleet: Fleet, policy: Policy, ledger: PredictionLedger) -> None:
+    def __init__(
+        self, fleet: Fleet, policy: Policy, ledger: PredictionLedger, metrics: Metrics
+    ) -> None:
         self._fleet = fleet
         self._policy = policy
         self._ledger = ledger
+        self._metrics = metrics
         self._restarts: dict[str, int] = {}
         self._cache_tokens: dict[str, int] = {}
         self._states: dict[str, ReplicaState] = {}
@@ -79,6 +83,7 @@ class Mirror:
         self._policy.forget(replica_id)
         self._ledger.noted("remove", replica_id, now)
         self._ledger.forget(replica_id)
+        self._metrics.forget(replica_id)
         self._restarts.pop(replica_id, None)
         self._cache_tokens.pop(replica_id, None)
         self._states.pop(replica_id, None)

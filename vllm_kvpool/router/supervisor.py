@@ -27,7 +27,7 @@ from vllm_kvpool.router import control
 from vllm_kvpool.router.address import DnsName
 from vllm_kvpool.router.admin import Admin
 from vllm_kvpool.router.health import Health
-from vllm_kvpool.router.metrics import Sample, metrics_text
+from vllm_kvpool.router.metrics import Sample, counters_of, metrics_text, replica_of
 from vllm_kvpool.router.policies import make_policy
 from vllm_kvpool.router.probes import Probes
 from vllm_kvpool.router.roster import ReplicaStatus, Roster
@@ -59,6 +59,7 @@ class Supervisor:
         self._workers: list[WorkerProcess] = []
         self._restarts = 0
         self._retired: list[Sample] = []
+        """The counters of workers that ended: a counter never falls."""
         self._told: tuple[object, ...] = ()
         self._stopping = asyncio.Event()
         self._port = 0
@@ -127,6 +128,7 @@ class Supervisor:
                 status = await worker.listen(self._obey)
             finally:
                 self._workers.remove(worker)
+                self._retired = counters_of([*self._retired, *worker.samples])
                 worker.kill()
             if not self._stopping.is_set():
                 self._restarts += 1
@@ -224,8 +226,12 @@ class Supervisor:
         await asyncio.gather(*(worker.collect() for worker in self._workers))
 
     async def _metrics(self) -> str:
-        collected = await asyncio.gather(*(worker.collect() for worker in self._workers))
-        samples = [sample for samples in collected for sample in samples]
+        await asyncio.gather(*(worker.collect() for worker in self._workers))
+        known = {None, *(entry.replica.id for entry in self._roster)}
+        self._retired = [s for s in self._retired if replica_of(s[0], s[1]) in known]
+        samples = list(self._retired)
+        for worker in self._workers:
+            samples += worker.samples
         samples.append(("worker_restarts_total", (), self._restarts))
         for status in self._statuses():
             samples += _replica_samples(status)

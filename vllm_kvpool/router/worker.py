@@ -50,7 +50,8 @@ class Worker:
         fleet = Fleet()
         policy = make_policy(config.policy)
         ledger = PredictionLedger()
-        self._mirror = Mirror(fleet, policy, ledger)
+        metrics = Metrics()
+        self._mirror = Mirror(fleet, policy, ledger, metrics)
         self._mirror.apply(start.statuses, self._loop.time())
         self._feed: EventFeed | None = None
         if isinstance(policy, KvEvents) and config.kv_events:
@@ -64,7 +65,7 @@ class Worker:
             self._connections,
             budget,
             ledger,
-            Metrics(),
+            metrics,
             self._report,
             time.monotonic,
             Tokens(fleet) if policy.needs_tokens else None,
@@ -93,7 +94,12 @@ class Worker:
 
     def _connection(self) -> ClientConnection:
         limit = parse_size("max_body", self._config.max_body, 0)
-        return ClientConnection(self._proxy.handle, self._clients, limit, self._loop)
+        return ClientConnection(
+            self._proxy.handle, self._clients, limit, self._loop, self._count_refusal
+        )
+
+    def _count_refusal(self, status: int) -> None:
+        self._context.metrics.count("rejected_total", str(status))
 
     def _obey(self, message: control.Message) -> None:
         match message:

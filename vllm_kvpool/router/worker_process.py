@@ -21,8 +21,10 @@ class WorkerProcess:
         self._process = process
         self._channel = channel
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._collected: dict[int, asyncio.Future[list[Sample]]] = {}
+        self._collected: dict[int, asyncio.Future[None]] = {}
         self._number = 0
+        self.samples: list[Sample] = []
+        """Its counters when it told them last."""
 
     @classmethod
     async def spawn(cls, start: control.Configure) -> WorkerProcess:
@@ -50,8 +52,9 @@ class WorkerProcess:
                 case control.Ready():
                     self._ready.set_result(None)
                 case control.Samples(number, samples):
+                    self.samples = samples
                     if (future := self._collected.pop(number, None)) and not future.done():
-                        future.set_result(samples)
+                        future.set_result(None)
                 case _:
                     obey(self, message)
         self._channel.close()
@@ -65,14 +68,13 @@ class WorkerProcess:
         """KVPoolError: it did not get there."""
         await asyncio.wait_for(asyncio.shield(self._ready), READY_S)
 
-    async def collect(self) -> list[Sample]:
-        """Its counters now; of one that does not answer none."""
+    async def collect(self) -> None:
+        """Brings `samples` up to date; of one that does not answer they stay as they are."""
         self._number += 1
         future = asyncio.get_running_loop().create_future()
         self._collected[self._number] = future
         self.send(control.Collect(self._number))
-        done, _ = await asyncio.wait([future], timeout=COLLECT_S)
-        return [] if not done or future.cancelled() else future.result()
+        await asyncio.wait([future], timeout=COLLECT_S)
 
     def kill(self) -> None:
         if self._process.returncode is None:
