@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -110,6 +111,32 @@ def test_refused(healthy: RouterUnderTest, replica: FakeReplica, data: bytes, st
     assert b"connection: close" in top
     assert json.loads(body)["error"]["code"] == status
     assert len(replica.requests) == asked
+
+
+def test_a_head_counts_once_however_it_comes(healthy: RouterUnderTest) -> None:
+    """In pieces, and behind a large request that is waiting for its answer."""
+    lines = [f"header-{number}: {'x' * 1_000}" for number in range(40)]
+    data = request(LENGTH, *lines, body=BODY)
+    large = b'{"prompt": "%b"}' % (b"x" * 80_000)
+    first = request(f"content-length: {len(large)}", body=large)
+    with healthy.connect() as connection:
+        connection.sendall(first + data[:100])
+        for begin in range(100, len(data), 4_000):
+            connection.sendall(data[begin : begin + 4_000])
+            time.sleep(0.01)
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 2:
+            received += receive_until(connection, b"\r\n\r\n")
+            assert b"HTTP/1.1 431" not in received
+
+
+def test_a_header_without_end_is_refused(healthy: RouterUnderTest) -> None:
+    with healthy.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nbig: ")
+        for _ in range(10):
+            connection.sendall(b"x" * 10_000)
+            time.sleep(0.01)
+        assert status_of(receive(connection)) == 431
 
 
 def test_refusal_is_seen_though_the_client_goes_on_sending(healthy: RouterUnderTest) -> None:

@@ -71,6 +71,9 @@ class ClientConnection(asyncio.Protocol):
         self._in_head = False
         self._head_since = 0.0
         self._head_bytes = 0
+        """As the parser tells them, which it does of whole headers only."""
+        self._head_read = 0
+        """As they come in."""
         self._body_bytes = 0
         self._waiting: deque[Request | Refusal] = deque()
         self._task: asyncio.Task[None] | None = None
@@ -114,10 +117,12 @@ class ClientConnection(asyncio.Protocol):
         if self._deaf or self._parser is None:
             return
         self._quiet_since = self._loop.time()
+        before = self._incoming
         try:
             self._parser.feed_data(data)
-            if self._in_head:
-                self._count_head(len(data))
+            if self._in_head and self._incoming is before:  # all of it is this head's
+                self._head_read += len(data)
+                self._limit_head(self._head_read)
         except _RefusedError:
             self._refuse()
         except httptools.HttpParserCallbackError:
@@ -135,7 +140,7 @@ class ClientConnection(asyncio.Protocol):
         self._incoming = Request()
         self._in_head = True
         self._head_since = self._loop.time()
-        self._head_bytes = self._body_bytes = 0
+        self._head_bytes = self._head_read = self._body_bytes = 0
 
     def on_url(self, part: bytes) -> None:
         assert self._incoming is not None
@@ -191,7 +196,10 @@ class ClientConnection(asyncio.Protocol):
 
     def _count_head(self, number: int) -> None:
         self._head_bytes += number
-        if self._head_bytes > MAX_HEAD_BYTES:
+        self._limit_head(self._head_bytes)
+
+    def _limit_head(self, number: int) -> None:
+        if number > MAX_HEAD_BYTES:
             self._stop(431, f"request line and headers are limited to {MAX_HEAD_BYTES:,} bytes")
 
     def _count_body(self, number: int, *, announced: bool = False) -> None:
