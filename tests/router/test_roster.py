@@ -63,6 +63,13 @@ def test_what_was_removed_by_hand_stays_away() -> None:
     assert ids(roster) == {A.id, B.id}
 
 
+def test_who_was_never_there_may_come() -> None:
+    roster = roster_of(A)
+    assert not roster.remove(B.id)
+    roster.update("file", (B,))
+    assert ids(roster) == {A.id, B.id}
+
+
 def test_the_same_name_elsewhere_is_a_new_replica() -> None:
     roster = roster_of(A)
     roster.update("static", (Replica(A.id, "http://10.0.0.9:1"),))

@@ -99,8 +99,10 @@ class Roster:
         self._entries[replica.id].draining_since = None
 
     def remove(self, replica_id: str) -> bool:
+        if self._entries.pop(replica_id, None) is None:
+            return False
         self._removed.add(replica_id)
-        return self._entries.pop(replica_id, None) is not None
+        return True
 
     def drain(self, replica_id: str, now: float) -> bool:
         entry = self._entries.get(replica_id)
