@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +14,8 @@ from urllib.request import urlopen
 from helpers import run_cli, until
 from router.conftest import RouterUnderTest
 from router.fake_replica import FakeReplica, stream
+
+from vllm_kvpool.router import control
 
 MakeRouter = Callable[..., RouterUnderTest]
 
@@ -103,6 +107,20 @@ def test_a_worker_that_does_not_answer_counts_as_before(
             os.kill(pid, signal.SIGCONT)
     counted = [line for line in lines if line.startswith("kvpool_router_requests_total{")]
     assert [line.rpartition(" ")[2] for line in counted] == ["20"]
+
+
+def test_a_message_that_breaks_off_is_the_end() -> None:
+    async def messages() -> list[object]:
+        ours, theirs = socket.socketpair()
+        channel = await control.Channel.over(ours)
+        theirs.sendall(b'{"type":"ready"}\n{"type":"fail')
+        theirs.close()
+        try:
+            return [message async for message in channel]
+        finally:
+            channel.close()
+
+    assert asyncio.run(messages()) == [control.Ready()]
 
 
 def test_workers_end_with_their_parent(make_router: MakeRouter, replica: FakeReplica) -> None:

@@ -95,9 +95,10 @@ class Channel:
 
     async def _read_line(self) -> bytes:
         try:
-            return await self._reader.readline()
+            line = await self._reader.readline()
         except ConnectionError:
             return b""
+        return line if line.endswith(b"\n") else b""  # the other end died in the middle of one
 
     def close(self) -> None:
         self._writer.close()
