@@ -114,9 +114,9 @@ class Exchange:
         if replica.id not in fleet:  # gone while another replica was tried
             return Outcome.UNREACHABLE
         load = fleet.add_load(replica.id, decision.load_tokens)
-        # before anything is awaited: requests that come in meanwhile have to know of this one
-        self._policy.dispatched(self._route, replica.id, self._context.clock())
         try:
+            # before anything is awaited: requests that come in meanwhile have to know of this one
+            self._policy.dispatched(self._route, replica.id, self._context.clock())
             return await self._send(decision, replica)
         except UpstreamSilent as error:
             self._give_up(replica, str(error))
@@ -209,7 +209,7 @@ class Exchange:
     # what went wrong ------------------------------------------------------------------------------
 
     def _give_up(self, replica: Replica, error: str) -> None:
-        self._context.report(replica.id, error)
+        """A long generation that is not streamed is silent too: probes judge the replica."""
         if self._client.begun:
             self._break_off(replica)
         else:
