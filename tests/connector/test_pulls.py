@@ -41,6 +41,7 @@ def pair(
         listen = f"tcp://127.0.0.1:{free_port()}"
         options = ("--min-block", "4KiB", "--listen", listen, "--directory", redis.url)
         daemons.append(Daemon(folder, *options, size="32MiB").start())
+    until(lambda: len(redis.client.keys(b"kvpool:1:test:{hosts}:*")) == 2, "both in the directory")
 
     def make(host: Daemon, *, extra: dict[str, Any] | None = None, **options: Any) -> MiniEngine:
         common = {"pool": host.name, "shm_dir": str(host.shm_dir), "checksum": "all", **EAGER}

@@ -111,8 +111,9 @@ def test_a_request_that_kills_replicas_ends(
 def test_a_kept_connection_that_the_engine_has_closed_is_no_failure(
     make_router: MakeRouter, replica: FakeReplica
 ) -> None:
-    """As at uvicorn's idle timeout: the request goes out again on a new connection."""
-    router = make_router(replica, options=("--retry-share", "0"))
+    """As at uvicorn's idle timeout: the request goes out again on a new connection. No probe may come while the engine
+    is away."""
+    router = make_router(replica, options=("--retry-share", "0", "--probe-interval-s", "60"))
     for _ in range(5):
         assert router.chat().status == 200
         replica.die()
