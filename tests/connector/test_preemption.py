@@ -82,7 +82,7 @@ def test_trap_8_many_loads_and_room_for_four(
     make_engine: MakeEngine, daemon: Daemon, asynchronous: bool
 ) -> None:
     """64 loads of 8 blocks each, 40 blocks in all: they come by turns, and all end."""
-    filler = make_engine(num_blocks=8192, max_tokens=2048)  # a tenth may be pinned at once
+    filler = make_engine(num_blocks=2048, max_tokens=2048)  # half may be pinned at once
     prompts = [prompt_of(seed, 8 * BLOCK) for seed in range(64)]
     for prompt in prompts:
         filler.add(prompt, 1)

@@ -100,11 +100,24 @@ def test_hints_reach_the_pool(engine: MiniEngine, daemon: Daemon) -> None:
 def test_pins_are_capped_and_what_is_left_follows_later(
     make_engine: MakeEngine, daemon: Daemon
 ) -> None:
-    """A tenth of 256 blocks may be pinned: a prompt of 60 blocks takes several steps."""
-    engine = make_engine(max_tokens=2048)
+    """Half of 80 blocks may be pinned: a prompt of 60 blocks takes several steps."""
+    engine = make_engine(num_blocks=80, max_tokens=2048)
     engine.delay_stores(2)
     engine.generate(prompt_of(7, 60 * BLOCK), 40)
     wait_ready(daemon, 62)
+    assert engine.free_blocks == 79
+
+
+def test_prompts_that_fill_a_third_of_the_cache_and_end_at_once_are_stored_whole(
+    make_engine: MakeEngine, daemon: Daemon
+) -> None:
+    """Nobody offers again what found no room when its request ended."""
+    engine = make_engine(max_tokens=2048)
+    engine.delay_stores(2)
+    for seed in range(4):
+        engine.add(prompt_of(seed, 20 * BLOCK), 1)
+    engine.run()
+    wait_ready(daemon, 80)
     assert engine.free_blocks == 255
 
 

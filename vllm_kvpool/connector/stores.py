@@ -37,8 +37,9 @@ from vllm_kvpool.types import (
 )
 
 NO_REFS = SlotRefs(b"")
-MAX_PINNED_SHARE = 10
-"""One block in so many may be pinned."""
+MAX_PINNED_SHARE = 2
+"""One block in so many may be pinned: where the cache is small that is what a few steps full of prompts compute before
+the first of them are reported as stored, and requests that end meanwhile lose what was not pinned."""
 RETRY_S = 1.0
 """Before blocks that got no slot are offered again."""
 MAX_ASK_BLOCKS = 512
