@@ -3,14 +3,17 @@
     python -m benchmarks.bench_multiturn [--arms none,kvpool,offloading] [--concurrency 1,8,32] [--json FILE]
 
 One engine an arm, in a process of its own, with the shape of Llama 3 8B and dummy weights in bfloat16, CUDA graphs for
-decoding. 32 users talk: a first message of 4,096 random tokens (seed 13), then three of 512; each turn sends the
-conversation so far, and gets 16 tokens. So many users as `--concurrency` says have a request under way; turns come in
-rounds, in an order drawn anew for each, so that a user's blocks are the next to be dropped when they are asked for.
-The KV cache has room for a third of all conversations (`--share`). Times are those of later turns; the first ones are
-new to everybody. Each concurrency has new users, in the same engine.
+decoding. 96 users have sent a first message of 2,048 random tokens (seed 13), all at once, which is not timed. Then
+each turn says 128 tokens more, behind the conversation so far, and gets 8 tokens: one round of all users with one
+request under way, two rounds with 8, two with 32. The order of users is drawn anew for each round. The KV cache has
+room for a third of what they all have said in the end (`--share`), so that most of a conversation was dropped by the
+time it goes on.
+
+Each concurrency ends after `--limit-s` seconds, with what was done by then; results are printed and written after each
+arm. The counters in the JSON file say what our connector did meanwhile.
 
 Caveats. Users answer at once: there is no time to think, which would be time to store. `tokens/s` counts prompt tokens,
-cached or not.
+cached or not. An arm that reaches the time limit has shorter conversations afterwards than one that does not.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ import json
 import random
 import time
 from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,147 +35,170 @@ from benchmarks.report import percentile, write_json
 MODULE = "benchmarks.bench_multiturn"
 ARMS = "none,kvpool,offloading,simple"
 SEED = 13
-FIRST_TOKENS, MORE_TOKENS, TURNS = 4_096, 512, 4
-OUTPUT_TOKENS = 16
+MORE_TOKENS, OUTPUT_TOKENS = 128, 8
 BLOCK_TOKENS = 16
+"""vLLM's default on a GPU; `--engine` may say otherwise."""
 GRAPH_SIZES = [1, 2, 4, 8, 16, 32]
 
 
 # in the arm's process -----------------------------------------------------------------------------
 
 
+@dataclass
+class Turn:
+    user: int
+    prompt_tokens: int
+    begun_s: float
+    ttft_ms: float = 0.0
+    cached_tokens: int = 0
+
+
 class Conversations:
-    """All that is said at one concurrency, and what became of it."""
+    """What has been said so far, by everybody."""
 
-    def __init__(self, engine: OfflineEngine, users: int, concurrency: int) -> None:
+    def __init__(self, engine: OfflineEngine, users: int) -> None:
         self._engine = engine
-        self._concurrency = concurrency
-        self._draw = random.Random(f"{SEED} {concurrency}")
-        self._texts = [random_prompt(self._draw, FIRST_TOKENS) for _ in range(users)]
-        self._waiting: deque[tuple[int, int]] = deque()
-        """(turn, user), in the order in which they come."""
-        for turn in range(TURNS):
-            self._waiting += [(turn, user) for user in self._draw.sample(range(users), users)]
-        self._busy: dict[str, tuple[int, int]] = {}
-        self._begun_s: dict[str, float] = {}
-        """Of requests without a token."""
-        self.first_ms: list[float] = []
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
+        self._draw = random.Random(SEED)
+        self._texts: list[list[int]] = [[] for _ in range(users)]
+        self._asked = 0
 
-    def go_on(self) -> bool:
-        """One step of the engine. False: there is nothing left to say."""
-        while self._waiting and len(self._busy) < self._concurrency and self._is_free():
-            self._ask(*self._waiting.popleft())
+    def go_on(
+        self, num_tokens: int, rounds: int, concurrency: int, limit_s: float
+    ) -> dict[str, Any]:
+        """Everybody says `num_tokens` more, `rounds` times; nobody begins after `limit_s`."""
+        users = range(len(self._texts))
+        waiting = deque(
+            user for _ in range(rounds) for user in self._draw.sample(users, len(users))
+        )
+        busy: dict[str, Turn] = {}
+        ended: list[Turn] = []
+        begun_s = time.perf_counter()
+        while waiting or busy:
+            while waiting and len(busy) < concurrency and is_free(waiting[0], busy.values()):
+                self._ask(waiting.popleft(), num_tokens, busy)
+            ended += self._step(busy)
+            if time.perf_counter() > begun_s + limit_s:
+                waiting.clear()
+        return {
+            "concurrency": concurrency,
+            "turns": len(ended),
+            "planned_turns": rounds * len(users),
+            "seconds": time.perf_counter() - begun_s,
+            "ttft_ms": [turn.ttft_ms for turn in ended],
+            "prompt_tokens": sum(turn.prompt_tokens for turn in ended),
+            "cached_tokens": sum(turn.cached_tokens for turn in ended),
+        }
+
+    def _ask(self, user: int, num_tokens: int, busy: dict[str, Turn]) -> None:
+        text = self._texts[user]
+        text += random_prompt(self._draw, num_tokens)
+        self._asked += 1
+        request_id = f"turn-{self._asked}"
+        busy[request_id] = Turn(user, len(text), time.perf_counter())
+        self._engine.llm.llm_engine.add_request(
+            request_id, {"prompt_token_ids": list(text)}, self._engine.sampling(OUTPUT_TOKENS)
+        )
+
+    def _step(self, busy: dict[str, Turn]) -> list[Turn]:
+        """Those that have ended."""
+        ended = []
         for output in self._engine.llm.llm_engine.step():
-            self._take(output)
-        return bool(self._waiting or self._busy)
-
-    def _is_free(self) -> bool:
-        """Whether the next one to talk has an answer to the last turn."""
-        return self._waiting[0][1] not in {user for _, user in self._busy.values()}
-
-    def _ask(self, turn: int, user: int) -> None:
-        if turn > 0:
-            self._texts[user] += random_prompt(self._draw, MORE_TOKENS)
-        self.prompt_tokens += len(self._texts[user])
-        request_id = f"{self._concurrency}-{turn}-{user}"
-        self._busy[request_id] = (turn, user)
-        self._begun_s[request_id] = time.perf_counter()
-        prompt = {"prompt_token_ids": list(self._texts[user])}
-        sampling = self._engine.sampling(OUTPUT_TOKENS)
-        self._engine.llm.llm_engine.add_request(request_id, prompt, sampling)
-
-    def _take(self, output: Any) -> None:
-        turn, user = self._busy[output.request_id]
-        tokens = output.outputs[0].token_ids
-        if tokens and output.request_id in self._begun_s:
-            seconds = time.perf_counter() - self._begun_s.pop(output.request_id)
-            if turn > 0:
-                self.first_ms.append(seconds * 1e3)
-                self.cached_tokens += output.num_cached_tokens or 0
-        if output.finished:
-            del self._busy[output.request_id]
-            self._texts[user] += tokens
+            turn, tokens = busy[output.request_id], output.outputs[0].token_ids
+            if tokens and not turn.ttft_ms:
+                turn.ttft_ms = (time.perf_counter() - turn.begun_s) * 1e3
+                turn.cached_tokens = output.num_cached_tokens or 0
+            if output.finished:
+                self._texts[turn.user] += tokens
+                ended.append(busy.pop(output.request_id))
+        return ended
 
 
-def talk(engine: OfflineEngine, users: int, concurrency: int) -> dict[str, Any]:
-    talks = Conversations(engine, users, concurrency)
-    begun = time.perf_counter()
-    while talks.go_on():
-        pass
-    return {
-        "concurrency": concurrency,
-        "seconds": time.perf_counter() - begun,
-        "ttft_ms": talks.first_ms,
-        "prompt_tokens": talks.prompt_tokens,
-        "cached_tokens": talks.cached_tokens,
-    }
+def is_free(user: int, turns: Iterable[Turn]) -> bool:
+    """Whether that user has an answer to the last turn."""
+    return all(turn.user != user for turn in turns)
 
 
 def run_job(job: dict[str, Any]) -> None:
-    engine = OfflineEngine(
-        job["model"],
-        job["transfer"],
-        max_num_seqs=GRAPH_SIZES[-1],
-        num_gpu_blocks_override=job["num_blocks"],
-        compilation_config={
+    options = {
+        "max_num_seqs": GRAPH_SIZES[-1],
+        "num_gpu_blocks_override": job["num_blocks"],
+        "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": GRAPH_SIZES,
         },
-        **job["engine"],
-    )
-    engine.generate(random_prompt(random.Random(SEED), 3_000), OUTPUT_TOKENS)
+    }
+    engine = OfflineEngine(job["model"], job["transfer"], **(options | job["engine"]))
+    engine.generate(random_prompt(random.Random(SEED), job["first_tokens"]), OUTPUT_TOKENS)
+    talks = Conversations(engine, job["users"])
+    first = talks.go_on(job["first_tokens"], 1, GRAPH_SIZES[-1], job["limit_s"])
+    print(f"first messages: {first['turns']} in {first['seconds']:.1f} s", flush=True)
     passes = []
+    counted = engine.counters()
     for concurrency in job["concurrency"]:
-        passes.append(talk(engine, job["users"], concurrency))
-        print(f"{concurrency} at once done", flush=True)
-        Path(job["result"]).write_text(json.dumps({"start_s": engine.start_s, "passes": passes}))
+        rounds = 1 if concurrency == 1 else 2
+        one = talks.go_on(MORE_TOKENS, rounds, concurrency, job["limit_s"])
+        before, counted = counted, engine.counters()
+        one["counters"] = {name: value - before.get(name, 0.0) for name, value in counted.items()}
+        passes.append(one)
+        print(f"{concurrency} at once done in {one['seconds']:.1f} s", flush=True)
+        result = {"start_s": engine.start_s, "first_s": first["seconds"], "passes": passes}
+        Path(job["result"]).write_text(json.dumps(result))
 
 
 # all arms -----------------------------------------------------------------------------------------
 
 
-def num_blocks(users: int, share: float) -> int:
-    longest = FIRST_TOKENS + (TURNS - 1) * MORE_TOKENS + TURNS * OUTPUT_TOKENS
-    return int(users * longest * share) // BLOCK_TOKENS
+def num_blocks(args: argparse.Namespace, concurrency: list[int]) -> int:
+    rounds = sum(1 if one == 1 else 2 for one in concurrency)
+    longest = args.first_tokens + OUTPUT_TOKENS + rounds * (MORE_TOKENS + OUTPUT_TOKENS)
+    block_tokens = args.engine.get("block_size", BLOCK_TOKENS)
+    return int(args.users * longest * args.share) // block_tokens
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    arms: dict[str, Any] = {}
+    concurrency = [int(text) for text in args.concurrency.split(",")]
     job = {
         "users": args.users,
-        "num_blocks": num_blocks(args.users, args.share),
-        "concurrency": [int(text) for text in args.concurrency.split(",")],
+        "first_tokens": args.first_tokens,
+        "num_blocks": num_blocks(args, concurrency),
+        "concurrency": concurrency,
+        "limit_s": args.limit_s,
     }
+    results: dict[str, Any] = {**job, "arms": {}}
 
     def run(arm: Arm) -> None:
         result = run_child(MODULE, arm, job, folder, args)
-        if result is not None:
-            arms[arm.name] = result
+        if result is None:
+            return
+        results["arms"][arm.name] = result
+        print_rows(arm.name, result)
+        if args.json:
+            write_json(args.json, results)
 
-    notes = run_arms(args.arms.split(","), run, args, folder)
-    return {"notes": notes, **job, "arms": arms}
+    results["notes"] = run_arms(args.arms.split(","), run, args, folder)
+    return results
+
+
+def print_rows(name: str, arm: dict[str, Any]) -> None:
+    for one in arm["passes"]:
+        seconds = one["seconds"]
+        cells = [name, str(one["concurrency"]), f"{one['turns']}/{one['planned_turns']}"]
+        cells += [f"{percentile(one['ttft_ms'], p):.0f}" for p in (0.5, 0.95)]
+        cells += [f"{one['turns'] / seconds:.1f}", f"{one['prompt_tokens'] / seconds:,.0f}"]
+        cells.append(f"{one['cached_tokens'] / one['prompt_tokens']:.0%}")
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def print_results(results: dict[str, Any]) -> None:
     print("\n" + "\n".join(results["notes"]))
     print(
-        f"\nKV cache of {results['num_blocks'] * BLOCK_TOKENS:,} tokens\n\n"
-        "| arm | at once | TTFT p50, ms | p95, ms | turns/s | tokens/s | cached tokens |\n"
-        "|---|---:|---:|---:|---:|---:|---:|"
+        f"\n{results['users']} conversations, {results['num_blocks']:,} blocks of KV cache\n\n"
+        "| arm | at once | turns | TTFT p50, ms | p95, ms | turns/s | tokens/s | cached |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|"
     )
     for name, arm in results["arms"].items():
-        for one in arm["passes"]:
-            cells = [name, str(one["concurrency"])]
-            cells += [f"{percentile(one['ttft_ms'], p):.0f}" for p in (0.5, 0.95)]
-            cells += [f"{results['users'] * TURNS / one['seconds']:.1f}"]
-            cells += [
-                f"{one['prompt_tokens'] / one['seconds']:,.0f}",
-                f"{one['cached_tokens']:,}",
-            ]
-            print("| " + " | ".join(cells) + " |")
+        print_rows(name, arm)
 
 
 def main() -> None:
@@ -179,14 +207,16 @@ def main() -> None:
     )
     add_options(parser, ARMS)
     parser.add_argument("--concurrency", default="1,8,32")
-    parser.add_argument("--users", type=int, default=32)
+    parser.add_argument("--users", type=int, default=96)
+    parser.add_argument("--first-tokens", type=int, default=2_048)
     parser.add_argument("--share", type=float, default=1 / 3, help="of all that VRAM holds")
+    parser.add_argument("--limit-s", type=float, default=20, help="for one concurrency")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run_job(json.loads(args.child.read_text()))
         return
-    args.engine = {}
     with work_folder() as folder:
         make_model(folder / "model", args.size)
         results = measure(args, folder)

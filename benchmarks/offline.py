@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-MODEL_SHAPES = {
+MODEL_SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -34,8 +34,25 @@ MODEL_SHAPES = {
         "num_key_value_heads": 4,
         "vocab_size": 128256,
     },
+    "tiny-mla": {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "hidden_size": 1024,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 4,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "vocab_size": 128256,
+    },
 }
-"""As Llama 3 8B and Llama 3.2 1B; `tiny` is for tests, and for trying the scripts out on a CPU."""
+"""As Llama 3 8B and Llama 3.2 1B; `tiny` is for tests, and for trying the scripts out on a CPU; `tiny-mla` has the
+attention of DeepSeek V2, and no experts."""
 TOKEN_IDS = range(1_000, 100_000)
 RESET_TRIES = 200
 SETTLE_S = 3.0
@@ -65,6 +82,8 @@ def make_model(folder: Path, size: str) -> Path:
 
 def kv_bytes_per_token(size: str, kv_cache_dtype: str = "auto") -> int:
     shape = MODEL_SHAPES[size]
+    if "kv_lora_rank" in shape:
+        return 2 * shape["num_hidden_layers"] * (shape["kv_lora_rank"] + shape["qk_rope_head_dim"])
     head = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     item = 1 if kv_cache_dtype.startswith("fp8") else 2
     return 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * item
@@ -118,6 +137,20 @@ class OfflineEngine:
             self.generate(random_prompt(self._draw, 40), 1)
             time.sleep(0.02)
         raise RuntimeError("the prefix cache cannot be reset: something holds its blocks")
+
+    def counters(self) -> dict[str, float]:
+        """Sums so far: preemptions, and all that our connector counts, by reason where it has one.
+        "name:count" and "name:sum" of what it times."""
+        sums: dict[str, float] = {}
+        for metric in self.llm.get_metrics():
+            name = metric.name.removeprefix("vllm:")
+            if name.startswith("kvpool_") or name == "num_preemptions":
+                key = f"{name}:{reason}" if (reason := metric.labels.get("reason")) else name
+                if hasattr(metric, "buckets"):
+                    sums[f"{key}:count"], sums[f"{key}:sum"] = metric.count, metric.sum
+                else:
+                    sums[key] = metric.value
+        return sums
 
 
 def random_prompt(draw: random.Random, length: int) -> list[int]:

@@ -32,7 +32,9 @@ BLOCK_BYTES = 2 * MIB
 LAYOUTS = {"1 x 2 MiB": 1, "32 x 64 KiB": 32, "64 x 32 KiB": 64, "256 x 8 KiB": 256}
 WAYS = ["driver", "staged", ""]
 COUNT = 64
-"""Blocks of a job: one batch of the engine, and two fills of its buffer."""
+"""Blocks of a job: one batch of the engine, 128 MiB, and four fills of its buffer."""
+MANY = 120
+"""Of a job in two batches, which two threads copy side by side, each with a buffer of its own."""
 SPIN_CYCLES = 300_000_000
 """0.15 s and more: far longer than any of these copies takes."""
 WAIT_S = 30.0
@@ -75,6 +77,13 @@ def module_pool() -> Iterator[Pool]:
     """Its first 512 MiB can be registered, and no more is needed."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Pool(Path(folder), slabs=128)
+
+
+@pytest.fixture(scope="module")
+def large_pool() -> Iterator[Pool]:
+    """Room for two jobs of `MANY` blocks, all of it registered."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Pool(Path(folder), slabs=256)
 
 
 @pytest.fixture
@@ -209,6 +218,38 @@ def test_both_directions_at_once(pool: Pool, way: str) -> None:
     assert torch.equal(kv.blocks(COUNT), expected)
     assert torch.equal(pool.bytes_of(second), expected)
     engine.close()
+
+
+@pytest.mark.parametrize("regions", LAYOUTS.values(), ids=LAYOUTS)
+def test_several_batches_at_once_in_both_directions(
+    large_pool: Pool, way: str, regions: int
+) -> None:
+    kv = KV(regions, blocks=2 * MANY)
+    engine = start(large_pool, kv, way)
+    give_up = time.monotonic() + WAIT_S
+    while engine.registered_bytes < 256 * 4 * MIB:
+        assert time.monotonic() < give_up, engine.error or "the pool is not registered"
+        time.sleep(0.001)
+    expected = kv.blocks(0, MANY)
+    first, second = large_pool.prepare(MANY), large_pool.prepare(MANY)
+    succeed(engine, engine.submit_store(first, numbers(0, MANY)))
+    assert torch.equal(large_pool.bytes_of(first), expected)
+    large_pool.complete(first)
+    jobs = {
+        engine.submit_load(first, numbers(MANY, MANY)),
+        engine.submit_store(second, numbers(0, MANY)),
+    }
+    give_up = time.monotonic() + WAIT_S
+    while jobs:
+        assert time.monotonic() < give_up, "a job does not end"
+        for job, statuses, _ in engine.poll():
+            assert statuses == bytes([COPY_OK]) * MANY, engine.error
+            jobs.remove(job)
+    assert torch.equal(kv.blocks(MANY, MANY), expected)
+    assert torch.equal(large_pool.bytes_of(second), expected)
+    assert engine.error == ""
+    engine.close()
+    large_pool.empty()
 
 
 # ordering -----------------------------------------------------------------------------------------
