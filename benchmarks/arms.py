@@ -66,6 +66,7 @@ def transfer_of(connector: str, extra: dict[str, Any] | None = None, **more: Any
 
 
 def add_options(parser: argparse.ArgumentParser, arms: str) -> None:
+    """Those of a comparison of arms."""
     known = ("none", *POOL_ARMS, *PEERS)
     parser.add_argument(
         "--arms",
@@ -73,6 +74,10 @@ def add_options(parser: argparse.ArgumentParser, arms: str) -> None:
         help=f"of {', '.join(known)}; our own with options of the connector, as in "
         f"kvpool+checksum=off+store=prompt (default {arms})",
     )
+    add_engine_options(parser)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", choices=tuple(MODEL_SHAPES), default="8b", help="shape of the model"
     )

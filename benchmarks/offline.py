@@ -92,7 +92,14 @@ def kv_bytes_per_token(size: str, kv_cache_dtype: str = "auto") -> int:
 class OfflineEngine:
     """`start_s`: what making it took."""
 
-    def __init__(self, model: str, transfer: dict[str, Any] | None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str,
+        transfer: dict[str, Any] | None,
+        *,
+        settle_s: float = SETTLE_S,
+        **options: Any,
+    ) -> None:
         from vllm import LLM
 
         connector = {} if transfer is None else {"kv_transfer_config": transfer}
@@ -109,7 +116,7 @@ class OfflineEngine:
         )
         self.start_s = time.perf_counter() - begun
         self._draw = random.Random(0)
-        time.sleep(SETTLE_S)
+        time.sleep(settle_s)
 
     def generate(self, prompt: list[int], num_tokens: int) -> tuple[float, list[int], int]:
         """Seconds, greedy tokens, and how many of the prompt's tokens came from a cache."""

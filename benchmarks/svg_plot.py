@@ -1,4 +1,4 @@
-"""Lines over time as an SVG file: enough for a benchmark, and no dependency."""
+"""Lines over time, or over anything, as an SVG file: enough for a benchmark, and no dependency."""
 
 from __future__ import annotations
 
@@ -56,3 +56,34 @@ def _panel(number: int, panel: Panel, step_s: float, marks: Mapping[float, str])
             f"{escape(name)}</text>"
         )
     return "\n".join(parts)
+
+
+def curves(title: str, series: Mapping[str, Sequence[tuple[float, float]]]) -> str:
+    """One panel of points (x, y) joined by lines; both axes begin at 0."""
+    points = [point for values in series.values() for point in values]
+    widest, highest = max(x for x, _ in points), max(y for _, y in points)
+    height = 3 * HEIGHT
+
+    def place(x: float, y: float) -> str:
+        return f"{LEFT + WIDTH * x / widest:.1f},{TOP + height * (1 - y / highest):.1f}"
+
+    parts = [
+        f'<text x="{LEFT}" y="{TOP - 8}" font-weight="bold">{escape(title)}</text>',
+        f'<path d="M{LEFT} {TOP}v{height}h{WIDTH}" stroke="#999" fill="none"/>',
+        f'<text x="{LEFT - 6}" y="{TOP + 10}" text-anchor="end">{highest:.3g}</text>',
+        f'<text x="{LEFT - 6}" y="{TOP + height}" text-anchor="end">0</text>',
+    ]
+    for x in sorted({x for x, _ in points}):
+        left = place(x, 0).partition(",")[0]
+        parts.append(f'<text x="{left}" y="{TOP + height + 16}" text-anchor="middle">{x:g}</text>')
+    for line, (name, values) in enumerate(series.items()):
+        colour = COLOURS[line % len(COLOURS)]
+        parts.append(
+            f'<polyline points="{" ".join(place(x, y) for x, y in values)}" fill="none" stroke="{colour}" '
+            f'stroke-width="1.5"/><text x="{LEFT + WIDTH + 12}" y="{TOP + 14 + 16 * line}" '
+            f'fill="{colour}">{escape(name)}</text>'
+        )
+    size = f'width="{WIDTH + LEFT + 170}" height="{TOP + height + GAP}"'
+    style = 'font-family="sans-serif" font-size="12"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>'
+    return "\n".join([head, '<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>\n"])

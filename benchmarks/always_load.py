@@ -1,0 +1,14 @@
+"""KVPoolConnector that loads what it finds, however long that is predicted to take: an arm of `bench_crossover`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_kvpool.connector import KVPoolConnector
+
+
+class AlwaysLoadConnector(KVPoolConnector):
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        if self._scheduler is not None:
+            self._scheduler._tradeoff.predict = lambda tokens, now_s: None
