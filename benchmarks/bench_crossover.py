@@ -3,7 +3,7 @@
     python -m benchmarks.bench_crossover [--lengths 128,256,...] [--json FILE] [--plot FILE.svg]
 
 Two engines, one after the other, over one pool, with the shape of Llama 3 8B and dummy weights in bfloat16, eager.
-Prompts are of random tokens (seed 19), one at a time, so many tokens as the table says and one more, one token of output.
+Prompts are of random tokens (seed 19), one at a time: so many as the table says and one more, one token of output.
 
 `always` computes new prompts and then, with its own prefix cache emptied, loads each of them, however long that takes.
 `decides` is the connector as it is, but without its floor (`min_load_tokens` 16 instead of 256): it is asked for the

@@ -41,8 +41,6 @@ def hits(engine: OfflineEngine, *, computes: bool) -> dict[str, Any]:
             _, tokens, cached = engine.generate(prompt, OUTPUT_TOKENS)
             rows.append((tokens, cached))
         result[kind] = {"tokens": [row[0] for row in rows], "cached": [row[1] for row in rows]}
-    block = engine.llm.llm_engine.vllm_config.cache_config.block_size
-    result["findable"] = [(length - 1) // block * block for length in PROMPT_TOKENS]
     return result
 
 
