@@ -72,7 +72,7 @@ def decides(engine: OfflineEngine, lengths: list[int], count: int) -> dict[int, 
             after = engine.counters()
             row = {"ms": seconds * 1e3, "loaded": cached == length}
             for kind in ("load", "compute"):
-                name = f"kvpool_predicted_{kind}_seconds"
+                name = f"predicted_{kind}_seconds"
                 if after[f"{name}:count"] > before[f"{name}:count"]:
                     row[kind] = (after[f"{name}:sum"] - before[f"{name}:sum"]) * 1e3
             if number >= LEARNING_ROUNDS:

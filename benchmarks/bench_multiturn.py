@@ -139,7 +139,7 @@ def run_job(job: dict[str, Any]) -> None:
         rounds = 1 if concurrency == 1 else 2
         one = talks.go_on(MORE_TOKENS, rounds, concurrency, job["limit_s"])
         before, counted = counted, engine.counters()
-        one["counters"] = {name: value - before.get(name, 0.0) for name, value in counted.items()}
+        one["counters"] = {name: value - before[name] for name, value in counted.items()}
         passes.append(one)
         print(f"{concurrency} at once done in {one['seconds']:.1f} s", flush=True)
         result = {"start_s": engine.start_s, "first_s": first["seconds"], "passes": passes}

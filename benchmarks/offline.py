@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,8 @@ class OfflineEngine:
         )
         self.start_s = time.perf_counter() - begun
         self._draw = random.Random(0)
+        self._sums: Counter[str] = Counter()
+        self._listen(self.llm.llm_engine.output_processor)
         time.sleep(settle_s)
 
     def generate(self, prompt: list[int], num_tokens: int) -> tuple[float, list[int], int]:
@@ -145,19 +148,27 @@ class OfflineEngine:
             time.sleep(0.02)
         raise RuntimeError("the prefix cache cannot be reset: something holds its blocks")
 
-    def counters(self) -> dict[str, float]:
-        """Sums so far: preemptions, and all that our connector counts, by reason where it has one.
-        "name:count" and "name:sum" of what it times."""
-        sums: dict[str, float] = {}
-        for metric in self.llm.get_metrics():
-            name = metric.name.removeprefix("vllm:")
-            if name.startswith("kvpool_") or name == "num_preemptions":
-                key = f"{name}:{reason}" if (reason := metric.labels.get("reason")) else name
-                if hasattr(metric, "buckets"):
-                    sums[f"{key}:count"], sums[f"{key}:sum"] = metric.count, metric.sum
+    def _listen(self, processor: Any) -> None:
+        """vLLM's `LLM` (not its server) drops what steps without an output report, and a load is such a step: so hear
+        of it before it does."""
+        hand_on = processor.update_scheduler_stats
+
+        def count(stats: Any) -> None:
+            for name, value in ((stats and stats.kv_connector_stats) or {}).items():
+                if isinstance(value, list):
+                    self._sums[f"{name}:count"] += len(value)
+                    self._sums[f"{name}:sum"] += sum(value)
                 else:
-                    sums[key] = metric.value
-        return sums
+                    self._sums[name] += value
+            hand_on(stats)
+
+        processor.update_scheduler_stats = count
+
+    def counters(self) -> Counter[str]:
+        """Sums so far: preemptions, and all that our connector counts, "name:reason" where it has one.
+        "name:count" and "name:sum" of what it times."""
+        preempted = (m.value for m in self.llm.get_metrics() if m.name == "vllm:num_preemptions")
+        return Counter({**self._sums, "num_preemptions": sum(preempted)})
 
 
 def random_prompt(draw: random.Random, length: int) -> list[int]:

@@ -225,6 +225,7 @@ void CudaBackend::register_pool() {
     std::unique_lock lock(mutex_);
     while (!closing_ && !off_ && !pinning_.is_complete()) {
         lock.unlock();
+        auto begun = std::chrono::steady_clock::now();
         bool registered = true;
         try {
             registered = pinning_.register_next();
@@ -232,8 +233,11 @@ void CudaBackend::register_pool() {
             note(error);
             if (error.is_final()) off_ = true;
         }
+        // The driver does nothing else for this process meanwhile, and would go on with the next chunk before the engine
+        // gets its turn: 64 GiB in a row held up the first request by 5 s.
+        auto took = std::chrono::steady_clock::now() - begun;
         lock.lock();
-        if (!registered) wake_.wait_for(lock, kPopulatePoll, [this] { return closing_; });
+        wake_.wait_for(lock, registered ? took : kPopulatePoll, [this] { return closing_; });
     }
 }
 

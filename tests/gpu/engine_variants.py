@@ -127,7 +127,7 @@ class Runs:
         if result["pool"]["tokens"] != result["vram"]["tokens"]:
             told = agreement("as VRAM", result["pool"], result["vram"])
             self.problems.append(f"{engine} engine: other outputs from the pool: {told}")
-        if not result["counters"].get("kvpool_hit_tokens"):
+        if not result["counters"].get("hit_tokens"):
             self.problems.append(f"{engine} engine: no hit was counted")
 
     def _crowded(self) -> None:
@@ -136,7 +136,7 @@ class Runs:
         alone = self._engine("alone", connected=False, at_once=1)
         for engine in ("crowded", "crowded-again"):
             result = self._engine(engine, at_once=24)
-            for counter in ("num_preemptions", "kvpool_hit_tokens"):
+            for counter in ("num_preemptions", "hit_tokens"):
                 if not result["counters"].get(counter):
                     self.problems.append(f"{engine}: {counter} is 0")
             if result["tokens"] != alone["tokens"]:
