@@ -14,6 +14,7 @@ from helpers import until
 from router.fake_replica import FakeReplica
 
 from benchmarks.processes import Router
+from vllm_kvpool.router.fleet_commands import FleetCommands
 
 CHAT = "/v1/chat/completions"
 
@@ -81,6 +82,18 @@ class RouterUnderTest(Router):
     def wait_state(self, replica_id: str, state: str) -> None:
         until(lambda: self.state(replica_id) == state, f"{replica_id} being {state}")
 
+    def used(self, count: int = 40) -> set[str]:
+        """The replicas that so many sessions come to."""
+        return {self.chat(headers={"X-Session-ID": str(n)}).replica for n in range(count)}
+
+    @property
+    def fleet(self) -> FleetCommands:
+        return FleetCommands(self.admin)
+
+    def replicas(self) -> dict[str, dict[str, Any]]:
+        """By id, as the admin endpoint lists them."""
+        return {replica["id"]: replica for replica in self.fleet.replicas()}
+
     def wait_idle(self) -> None:
         """All loads are back at zero."""
         until(lambda: self.metric("in_flight_requests") == 0, "no request in flight")
@@ -124,11 +137,15 @@ def make_router(tmp_path: Path) -> Iterator[Callable[..., RouterUnderTest]]:
     routers: list[RouterUnderTest] = []
     with contextlib.ExitStack() as stack:
 
-        def make(*replicas: FakeReplica | str, options: tuple[str, ...] = ()) -> RouterUnderTest:
+        def make(
+            *replicas: FakeReplica | str,
+            options: tuple[str, ...] = (),
+            prefix: tuple[str, ...] = (),
+        ) -> RouterUnderTest:
             addresses = [r if isinstance(r, str) else r.url for r in replicas]
             quick = ("--probe-interval-s", "0.2", "--drain-s", "5", "--warmup-s", "0")
             log = tmp_path / f"router-{len(routers)}.log"
-            router = RouterUnderTest(log, *quick, *options, *addresses)
+            router = RouterUnderTest(log, *quick, *options, *addresses, prefix=prefix)
             routers.append(router)
             return stack.enter_context(router)
 

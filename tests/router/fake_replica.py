@@ -90,7 +90,10 @@ async def silent(request: Received, writer: asyncio.StreamWriter) -> None:
 
 
 class FakeReplica:
-    def __init__(self, port: int = 0, *, behave: Behaviour | None = None) -> None:
+    def __init__(
+        self, port: int = 0, *, host: str = "127.0.0.1", behave: Behaviour | None = None
+    ) -> None:
+        self.host = host
         self.port = port
         self.behave = behave or answer()
         self.requests: list[Received] = []
@@ -108,11 +111,11 @@ class FakeReplica:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.id}"
 
     @property
     def id(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.host}:{self.port}"
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -131,7 +134,7 @@ class FakeReplica:
         self._do(self._open())
 
     async def _open(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def die(self) -> None:

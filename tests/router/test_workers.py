@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -13,9 +14,10 @@ from urllib.request import urlopen
 
 from helpers import run_cli, until
 from router.conftest import RouterUnderTest
-from router.fake_replica import FakeReplica, stream
+from router.fake_replica import FakeReplica, answer, stream
 
 from vllm_kvpool.router import control
+from vllm_kvpool.router.retries import BURST
 
 MakeRouter = Callable[..., RouterUnderTest]
 
@@ -87,6 +89,36 @@ def test_counters_do_not_fall_with_a_worker(make_router: MakeRouter, replica: Fa
     assert router.metric("first_byte_seconds_count") == 20
     assert router.metric("first_byte_seconds_bucket", le="+Inf") == 20
     router.wait_idle()
+
+
+def test_each_worker_says_what_it_has_in_flight_and_remembers(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    """While a request is under way, and when all are over."""
+    replica.behave = stream(1_000, 0.01)
+    router = make_router(replica, options=("--workers", "2", "--retry-share", "0.5"))
+
+    def gauges() -> list[dict[str, float]]:
+        with urlopen(f"http://{router.admin}/admin/workers", timeout=30) as response:
+            return sorted(json.load(response), key=lambda worker: -worker["in_flight_requests"])
+
+    with router.connect() as connection:
+        connection.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+        )
+        until(lambda: replica.in_flight == 1)
+        busy, idle = gauges()
+        assert {busy["pid"], idle["pid"]} == set(router.workers())
+        assert busy["in_flight_requests"] == busy["client_connections"] == 1
+        assert busy["in_flight_tokens"] > 0
+        assert idle["in_flight_requests"] == idle["in_flight_tokens"] == 0
+        assert router.metric("replica_connections", state="active") == 1
+    router.wait_idle()
+    replica.behave = answer()
+    for number in range(20):
+        router.chat(headers={"X-Session-ID": str(number)})
+    assert router.metric("table_entries", table="sessions") == 21
+    assert router.metric("retry_budget") == 2 * BURST
 
 
 def test_a_worker_that_does_not_answer_counts_as_before(

@@ -4,6 +4,7 @@ GET    /admin/replicas                who there is, and how each is
 POST   /admin/replicas                {"address": "http://host:port"}: add, or take a drain back
 POST   /admin/replicas/{id}/drain     no new sessions
 DELETE /admin/replicas/{id}           gone at once; requests that it has go on
+GET    /admin/workers                 the gauges of each worker
 GET    /metrics
 """
 
@@ -26,6 +27,7 @@ class Admin:
         drain_s: float,
         clock: Callable[[], float],
         changed: Callable[[], Awaitable[None]],
+        workers: Callable[[], Awaitable[list[dict[str, Any]]]],
         metrics: Callable[[], Awaitable[str]],
     ) -> None:
         """`changed` returns when the workers have been told."""
@@ -33,6 +35,7 @@ class Admin:
         self._drain_s = drain_s
         self._clock = clock
         self._changed = changed
+        self._workers = workers
         self._metrics = metrics
 
     def app(self) -> web.Application:
@@ -43,14 +46,18 @@ class Admin:
                 web.post("/admin/replicas", self._add),
                 web.post("/admin/replicas/{id}/drain", self._drain),
                 web.delete("/admin/replicas/{id}", self._remove),
+                web.get("/admin/workers", self._list_workers),
                 web.get("/metrics", self._metrics_text),
             ]
         )
         return app
 
     async def _list(self, request: web.Request) -> web.Response:
+        """As every worker knows it by now."""
         now = self._clock()
-        return web.json_response([self._described(entry, now) for entry in self._roster])
+        listed = [self._described(entry, now) for entry in self._roster]
+        await self._changed()
+        return web.json_response(listed)
 
     def _described(self, entry: Any, now: float) -> dict[str, Any]:
         return {
@@ -67,6 +74,9 @@ class Admin:
             "waiting": entry.gauges.waiting,
             "cache_usage": entry.gauges.cache_usage,
         }
+
+    async def _list_workers(self, request: web.Request) -> web.Response:
+        return web.json_response(await self._workers())
 
     async def _add(self, request: web.Request) -> web.Response:
         try:

@@ -98,6 +98,13 @@ class Affinity(Policy):
         self._bindings.forget(replica_id)
         self._tree.forget(replica_id)
 
+    def tables(self) -> dict[str, int]:
+        return {
+            "sessions": len(self._bindings),
+            "orders": len(self._rendezvous),
+            "blocks": len(self._tree),
+        }
+
     def check_integrity(self) -> None:
         self._rendezvous.check_integrity()
         self._bindings.check_integrity()

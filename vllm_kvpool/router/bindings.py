@@ -12,6 +12,9 @@ class Bindings:
         self._capacity = capacity
         self._session_to_replica: OrderedDict[int, str] = OrderedDict()
 
+    def __len__(self) -> int:
+        return len(self._session_to_replica)
+
     def __getitem__(self, session: int) -> str | None:
         return self._session_to_replica.get(session)
 

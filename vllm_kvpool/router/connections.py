@@ -12,8 +12,6 @@ from vllm_kvpool.router.upstream import UpstreamConnection, UpstreamSilent
 IDLE_S = 3.0
 """vLLM's own server (uvicorn) closes after five seconds. Sooner, and no request meets a closed one."""
 
-Address = tuple[str, int]
-
 
 class ConnectFailed(Exception):  # noqa: N818
     """No connection to the replica."""
@@ -26,7 +24,6 @@ class Connections:
         self._loop = loop
         self._connect_timeout_s = connect_timeout_s
         self._idle: dict[str, deque[tuple[UpstreamConnection, float]]] = {}
-        self._addresses: dict[str, Address] = {}
         self.active: set[UpstreamConnection] = set()
 
     def take(self, url: str) -> UpstreamConnection | None:
@@ -42,11 +39,11 @@ class Connections:
 
     async def open(self, url: str, *, unchunked: bool = False) -> UpstreamConnection:
         kind = UnchunkingConnection if unchunked else UpstreamConnection
-        host, port = self._address(url)
+        address = urlsplit(url)
         try:
             async with asyncio.timeout(self._connect_timeout_s):
                 _, connection = await self._loop.create_connection(
-                    lambda: kind(self._loop), host, port
+                    lambda: kind(self._loop), address.hostname or "", address.port or 80
                 )
         except TimeoutError:
             text = f"no connection to {url} in {self._connect_timeout_s:g} s"
@@ -76,15 +73,12 @@ class Connections:
             if not idle:
                 del self._idle[url]
 
+    @property
+    def idle(self) -> int:
+        return sum(map(len, self._idle.values()))
+
     def close(self) -> None:
         for idle in self._idle.values():
             for connection, _ in idle:
                 connection.close()
         self._idle.clear()
-
-    def _address(self, url: str) -> Address:
-        address = self._addresses.get(url)
-        if address is None:
-            parts = urlsplit(url)
-            address = self._addresses[url] = parts.hostname or "", parts.port or 80
-        return address

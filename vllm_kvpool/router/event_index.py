@@ -55,6 +55,10 @@ class EventIndex:
         self._sources: dict[str, _Source] = {}
         self._loras: set[str] = set()
 
+    def __len__(self) -> int:
+        """Blocks that are held somewhere."""
+        return len(self._index)
+
     # questions --------------------------------------------------------------------------------------
 
     def trust(self, replica_id: str) -> Trust:

@@ -58,6 +58,9 @@ class KvEvents(Task):
         super().forget(replica_id)
         self.events.forget(replica_id)
 
+    def tables(self) -> dict[str, int]:
+        return {**super().tables(), "events": len(self.events)}
+
     def check_integrity(self) -> None:
         super().check_integrity()
         self.events.check_integrity()

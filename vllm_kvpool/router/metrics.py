@@ -64,6 +64,9 @@ METRICS = {
     "replica_ejections_total": Metric("counter", ("replica",), "Times the replica was taken out."),
     "replica_waiting_requests": Metric("gauge", ("replica",), "Queued in the engine, as it says."),
     "replica_cache_usage": Metric("gauge", ("replica",), "Share of its KV memory in use, as it says."),
+    "replica_connections": Metric("gauge", ("state",), "Connections to replicas: active, or idle."),
+    "table_entries": Metric("gauge", ("table",), "Entries of what the router remembers."),
+    "retry_budget": Metric("gauge", (), "Retries after 429 or 503 that may be made now."),
     "worker_restarts_total": Metric("counter", (), "Workers that ended by themselves."),
 }  # fmt: skip
 
@@ -118,6 +121,10 @@ def _metric_of(name: str) -> Metric:
     return METRICS.get(name) or METRICS[name.rpartition("_")[0]]
 
 
+def is_gauge(name: str) -> bool:
+    return _metric_of(name).kind == "gauge"
+
+
 def replica_of(name: str, labels: tuple[str, ...]) -> str | None:
     """Whom a sample is about, if it is about one replica."""
     names = _metric_of(name).labels
@@ -128,7 +135,7 @@ def counters_of(samples: Iterable[Sample]) -> list[Sample]:
     """What stays of processes that ended: all but the gauges, added up."""
     sums: dict[tuple[str, tuple[str, ...]], float] = {}
     for name, labels, value in samples:
-        if _metric_of(name).kind != "gauge":
+        if not is_gauge(name):
             key = name, tuple(labels)
             sums[key] = sums.get(key, 0) + value
     return [(name, labels, value) for (name, labels), value in sums.items()]

@@ -70,6 +70,10 @@ class Policy(ABC):
     def resize(self, replica_id: str, cache_tokens: int) -> None:  # noqa: B027
         """Its cache holds so many tokens."""
 
+    def tables(self) -> dict[str, int]:
+        """Entries of each table that it keeps, for metrics: all of them are bounded."""
+        return {}
+
     def check_integrity(self) -> None:  # noqa: B027
         """Assert what the policy states about its own state."""
 

@@ -169,6 +169,11 @@ class PredictionLedger:
         recent.unreported = 0
         return text
 
+    @property
+    def prompts(self) -> int:
+        """Sessions whose last prompt it remembers."""
+        return len(self._history)
+
     def check_integrity(self) -> None:
         self._history.check_integrity()
         assert all(len(recent.answers) <= WINDOW for recent in self._recent.values())

@@ -19,6 +19,9 @@ class PromptHistory:
         self._marks: OrderedDict[int, tuple[tuple[int, int], ...]] = OrderedDict()
         """Session to (position, hash) of blocks of its last prompt, the last block among them."""
 
+    def __len__(self) -> int:
+        return len(self._marks)
+
     def compare(self, request: RouteRequest) -> int | None:
         """The first byte, to a thirty-second part of the prompt, that differs from the session's last
         prompt; None: it continues it, or there was none. Remembers this prompt."""

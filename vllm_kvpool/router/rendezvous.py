@@ -47,6 +47,10 @@ class Rendezvous:
         """In the order of `_members`; odd, so that multiplying loses nothing."""
         self._orders: OrderedDict[tuple[int, int, int], tuple[Member, ...]] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Orders that are kept."""
+        return len(self._orders)
+
     def order(self, key: int, fleet: Fleet) -> tuple[Member, ...]:
         """All members, whatever their state, the key's favourite first."""
         return self._kept((key, 0, 0), fleet)

@@ -30,5 +30,9 @@ class RetryBudget:
         return True
 
     @property
+    def tokens(self) -> float:
+        return self._tokens
+
+    @property
     def available(self) -> bool:
         return self._tokens >= 1

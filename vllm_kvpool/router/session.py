@@ -41,6 +41,9 @@ class Session(Policy):
     def forget(self, replica_id: str) -> None:
         self._bindings.forget(replica_id)
 
+    def tables(self) -> dict[str, int]:
+        return {"sessions": len(self._bindings), "orders": len(self._rendezvous)}
+
     def check_integrity(self) -> None:
         self._rendezvous.check_integrity()
         self._bindings.check_integrity()

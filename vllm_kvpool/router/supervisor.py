@@ -17,6 +17,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -60,7 +61,7 @@ class Supervisor:
         self._restarts = 0
         self._retired: list[Sample] = []
         """The counters of workers that ended: a counter never falls."""
-        self._told: tuple[object, ...] = ()
+        self._told: tuple[ReplicaStatus, ...] = ()
         self._stopping = asyncio.Event()
         self._port = 0
 
@@ -79,16 +80,19 @@ class Supervisor:
                 probes = Probes(
                     self._roster, self._config.connect_timeout_s, self._loop.time, session
                 )
-                await self._find_replicas()
+                self._read_lists()
+                names = self._loop.create_task(self._resolve_names())
+                await asyncio.wait([names], timeout=self._config.connect_timeout_s)
                 await probes.look()
                 self._started = True
-                await self._serve(probes)
+                await self._serve(probes, names)
 
-    async def _serve(self, probes: Probes) -> None:
+    async def _serve(self, probes: Probes, names: asyncio.Task[None]) -> None:
         async with asyncio.TaskGroup() as group:
             keepers = [group.create_task(self._keep_worker()) for _ in range(self._config.workers)]
             others = [
                 group.create_task(self._watch(probes)),
+                group.create_task(self._watch_names(names)),
                 group.create_task(self._tell_changes()),
             ]
             async with self._admin():
@@ -177,19 +181,26 @@ class Supervisor:
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
             try:
-                await self._find_replicas()
+                self._read_lists()
                 await probes.look()
             except Exception:  # one look less is better than no router
                 logger.exception("a look at the fleet failed")
             self._tell()
 
-    async def _find_replicas(self) -> None:
+    def _read_lists(self) -> None:
         self._roster.update("static", self._static[0])
         if self._file is not None and (texts := self._file.changed()) is not None:
             replicas, self._file_names = parse_addresses("fleet", texts)
             self._roster.update("file", replicas)
             logger.info("fleet file: %d replicas", len(replicas))
-        await self._resolve_names()
+
+    async def _watch_names(self, first: asyncio.Task[None]) -> None:
+        """Beside the probes: a name server that does not answer takes its time, and delays nobody."""
+        await first
+        while True:
+            await asyncio.sleep(self._config.probe_interval_s)
+            await self._resolve_names()
+            self._tell()
 
     async def _resolve_names(self) -> None:
         names = [*self._static[1], *self._file_names]
@@ -198,9 +209,11 @@ class Supervisor:
             for source in entry.sources - sources:
                 if source.startswith("dns:"):
                     self._roster.update(source, ())
-        for name in names:
-            if (replicas := await resolve(name)) is not None:
-                self._roster.update(name.source, replicas)
+        await asyncio.gather(*map(self._resolve, names))
+
+    async def _resolve(self, name: DnsName) -> None:
+        if (replicas := await resolve(name)) is not None:
+            self._roster.update(name.source, replicas)
 
     # operators ------------------------------------------------------------------------------------
 
@@ -210,7 +223,12 @@ class Supervisor:
             yield
             return
         admin = Admin(
-            self._roster, self._config.drain_s, self._loop.time, self._changed, self._metrics
+            self._roster,
+            self._config.drain_s,
+            self._loop.time,
+            self._changed,
+            self._worker_gauges,
+            self._metrics,
         )
         runner = web.AppRunner(admin.app(), access_log=None)
         await runner.setup()
@@ -223,17 +241,27 @@ class Supervisor:
     async def _changed(self) -> None:
         """The workers have been told: each has answered a message that came after it."""
         self._tell()
+        await self._collect()
+
+    async def _collect(self) -> None:
         await asyncio.gather(*(worker.collect() for worker in self._workers))
 
+    async def _worker_gauges(self) -> list[dict[str, Any]]:
+        await self._collect()
+        return [{"pid": worker.pid, **worker.gauges()} for worker in self._workers]
+
     async def _metrics(self) -> str:
-        await asyncio.gather(*(worker.collect() for worker in self._workers))
+        """Of the fleet they say what every worker knows by now."""
+        self._tell()
+        told = self._told
+        await self._collect()
         known = {None, *(entry.replica.id for entry in self._roster)}
         self._retired = [s for s in self._retired if replica_of(s[0], s[1]) in known]
         samples = list(self._retired)
         for worker in self._workers:
             samples += worker.samples
         samples.append(("worker_restarts_total", (), self._restarts))
-        for status in self._statuses():
+        for status in told:
             samples += _replica_samples(status)
         for entry in self._roster:
             name = (entry.replica.id,)

@@ -55,6 +55,9 @@ class Task(Affinity):
             self._groups.count(request.stable, tokens, now)
         super().dispatched(request, replica_id, now)
 
+    def tables(self) -> dict[str, int]:
+        return {**super().tables(), "tasks": len(self._groups)}
+
     def check_integrity(self) -> None:
         super().check_integrity()
         self._groups.check_integrity()

@@ -25,6 +25,10 @@ class CacheTree:
         self._caches: dict[str, OrderedDict[int, None]] = {}
         self._capacities: dict[str, int] = {}
 
+    def __len__(self) -> int:
+        """Blocks of all replicas together."""
+        return sum(map(len, self._caches.values()))
+
     def depth(self, blocks: Sequence[int], replica_id: str) -> int:
         """Leading blocks that the replica should hold."""
         return self._index.depth(blocks, replica_id)

@@ -116,6 +116,11 @@ class Worker:
     def _samples(self) -> list[Sample]:
         samples = self._context.metrics.samples()
         samples.append(("client_connections", (), len(self._clients)))
+        samples.append(("replica_connections", ("active",), len(self._connections.active)))
+        samples.append(("replica_connections", ("idle",), self._connections.idle))
+        samples.append(("retry_budget", (), self._context.budget.tokens))
+        tables = self._context.policy.tables() | {"prompts": self._context.ledger.prompts}
+        samples += [("table_entries", (table,), size) for table, size in tables.items()]
         for member in self._context.fleet:
             name = (member.replica.id,)
             samples.append(("in_flight_requests", name, member.requests))

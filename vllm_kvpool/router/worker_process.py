@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from vllm_kvpool.errors import KVPoolError
 from vllm_kvpool.router import control
-from vllm_kvpool.router.metrics import Sample
+from vllm_kvpool.router.metrics import Sample, is_gauge
 
 READY_S = 30.0
 COLLECT_S = 5.0
@@ -75,6 +75,14 @@ class WorkerProcess:
         self._collected[self._number] = future
         self.send(control.Collect(self._number))
         await asyncio.wait([future], timeout=COLLECT_S)
+
+    def gauges(self) -> dict[str, float]:
+        """Each of its gauges, as it told them last; those of replicas and tables added up."""
+        sums: dict[str, float] = {}
+        for name, _, value in self.samples:
+            if is_gauge(name):
+                sums[name] = sums.get(name, 0) + value
+        return sums
 
     def kill(self) -> None:
         if self._process.returncode is None:
