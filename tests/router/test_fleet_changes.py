@@ -1,10 +1,9 @@
-"""Replicas come and go: by the fleet file, by DNS, by hand."""
+"""Replicas come and go: by the fleet file, by hand. (By DNS: test_dns.py.)"""
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,17 +23,10 @@ def write(path: Path, *addresses: str) -> None:
 
 
 def fleet(router: RouterUnderTest, *arguments: str) -> str:
+    """By the command line, as people do."""
     done = run_cli("fleet", *arguments, "--admin", router.admin)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def listed(router: RouterUnderTest) -> dict[str, dict[str, object]]:
-    return {replica["id"]: replica for replica in json.loads(fleet(router, "ls", "--json"))}
-
-
-def used(router: RouterUnderTest, count: int = 40) -> set[str]:
-    return {router.chat(headers={"X-Session-ID": str(number)}).replica for number in range(count)}
 
 
 def test_the_file_is_read_again(
@@ -43,14 +35,14 @@ def test_the_file_is_read_again(
     path = tmp_path / "fleet.toml"
     write(path, replicas[0].url)
     router = make_router(options=("--fleet", str(path)))
-    assert used(router, 5) == {replicas[0].id}
+    assert router.used(5) == {replicas[0].id}
     write(path, *(replica.url for replica in replicas))
-    until(lambda: len(listed(router)) == 3)
+    until(lambda: len(router.replicas()) == 3)
     router.wait_state(replicas[2].id, "accepting")
-    assert used(router) == {replica.id for replica in replicas}
+    assert router.used() == {replica.id for replica in replicas}
     write(path, replicas[1].url, f"named={replicas[2].url}")
-    until(lambda: set(listed(router)) == {replicas[1].id, "named"})
-    assert used(router) == {replicas[1].id, "named"}
+    until(lambda: set(router.replicas()) == {replicas[1].id, "named"})
+    assert router.used() == {replicas[1].id, "named"}
 
 
 @pytest.mark.parametrize(
@@ -64,7 +56,7 @@ def test_a_broken_file_changes_nothing(
     router = make_router(options=("--fleet", str(path)))
     path.write_text(text)
     until(lambda: "the fleet stays as it is" in router.log.read_text())
-    assert set(listed(router)) == {replica.id}
+    assert set(router.replicas()) == {replica.id}
     path.unlink()
     assert router.chat().status == 200
     refused = run_cli("route", "--fleet", str(path))
@@ -86,30 +78,35 @@ def test_requests_in_flight_outlive_their_replicas_removal(
         answer = pool.submit(router.chat, stream=True)
         until(lambda: any(replica.in_flight for replica in replicas))
         busy = next(replica for replica in replicas if replica.in_flight)
-        fleet(router, "rm", busy.id)
+        router.fleet.remove(busy.id)
         assert answer.result().body.endswith(b"[DONE]\n\n")
-    assert busy.id not in listed(router)
+    assert busy.id not in router.replicas()
     router.wait_idle()
     for replica in replicas:
         replica.behave = stream(1)
-    assert busy.id not in used(router)
+    assert busy.id not in router.used()
 
 
 def test_by_hand(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
     router = make_router(replicas[0])
     assert replicas[1].id in fleet(router, "add", replicas[1].url)
     router.wait_state(replicas[1].id, "accepting")
-    assert used(router) == {replicas[0].id, replicas[1].id}
+    assert router.used() == {replicas[0].id, replicas[1].id}
     table = fleet(router, "ls")
     assert [line.split()[:2] for line in table.splitlines()[1:]] == [
         [replica.id, "accepting"] for replica in replicas[:2]
     ]
     fleet(router, "rm", replicas[0].id)
-    assert used(router) == {replicas[1].id}
-    until(lambda: set(listed(router)) == {replicas[1].id})
+    assert router.used() == {replicas[1].id}
+    until(lambda: set(router.replicas()) == {replicas[1].id})
     assert replicas[0].id not in router.ask("/metrics").body.decode(), "its series go with it"
-    fleet(router, "add", replicas[0].url)
+    router.fleet.add(replicas[0].url)
     router.wait_state(replicas[0].id, "accepting")
+    fleet(router, "drain", replicas[0].id)
+    states = {
+        replica["id"]: replica["state"] for replica in json.loads(fleet(router, "ls", "--json"))
+    }
+    assert states == {replicas[0].id: "draining", replicas[1].id: "accepting"}
 
 
 def test_drain_keeps_sessions_and_takes_no_new_ones(
@@ -120,21 +117,21 @@ def test_drain_keeps_sessions_and_takes_no_new_ones(
     leaving = replicas[0].id
     old = [number for number, home in homes.items() if home == leaving]
     assert old
-    fleet(router, "drain", leaving)
-    assert listed(router)[leaving]["state"] == "draining"
+    router.fleet.drain(leaving)
+    assert router.replicas()[leaving]["state"] == "draining"
     for number in old:
         assert router.chat(headers={"X-Session-ID": str(number)}).replica == leaving
     fresh = {router.chat(headers={"X-Session-ID": f"new {n}"}).replica for n in range(30)}
     assert fresh == {replicas[1].id, replicas[2].id}
-    fleet(router, "add", replicas[0].url)
-    assert listed(router)[leaving]["state"] == "accepting"
+    router.fleet.add(replicas[0].url)
+    assert router.replicas()[leaving]["state"] == "accepting"
 
 
 def test_a_drain_ends(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
     router = make_router(*replicas, options=("--drain-s", "0.5"))
-    fleet(router, "drain", replicas[0].id)
+    router.fleet.drain(replicas[0].id)
     router.wait_state(replicas[0].id, "out")
-    assert replicas[0].id not in used(router)
+    assert replicas[0].id not in router.used()
 
 
 def test_a_name_of_several_workers_is_the_same_for_all(
@@ -142,37 +139,8 @@ def test_a_name_of_several_workers_is_the_same_for_all(
 ) -> None:
     """A drain has reached every worker when the command returns."""
     router = make_router(*replicas, options=("--workers", "3", "--drain-s", "1000"))
-    fleet(router, "drain", replicas[0].id)
-    assert replicas[0].id not in used(router)
-
-
-def test_dns(make_router: MakeRouter, replica: FakeReplica) -> None:
-    router = make_router(f"dns://localhost:{replica.port}")
-    router.wait_state(replica.id, "accepting")
-    assert router.chat().status == 200
-    assert listed(router)[replica.id]["sources"] == [f"dns:localhost:{replica.port}"]
-
-
-def test_dns_with_ranks(make_router: MakeRouter, replica: FakeReplica) -> None:
-    """Each rank of a name stays from one look to the next."""
-    names = [f"dns://localhost:{replica.port}@{rank}" for rank in (0, 1)]
-    router = make_router(*names, options=("--warmup-s", "1000"))
-    ranks = [f"{replica.id}@{rank}" for rank in (0, 1)]
-    for _ in range(20):
-        shares = [router.metric("replica_share", replica=rank) for rank in ranks]
-        assert shares == [1, 1], "there from the start, and never new"
-        time.sleep(0.05)
-    assert [listed(router)[rank]["sources"] for rank in ranks] == [
-        [f"dns:localhost:{replica.port}@{rank}"] for rank in (0, 1)
-    ]
-
-
-def test_a_name_that_is_not_known_hurts_nobody(
-    make_router: MakeRouter, replica: FakeReplica
-) -> None:
-    router = make_router(replica, "dns://replicas.invalid:8000")
-    assert router.chat().status == 200
-    assert set(listed(router)) == {replica.id}
+    router.fleet.drain(replicas[0].id)
+    assert replicas[0].id not in router.used()
 
 
 @pytest.mark.parametrize(

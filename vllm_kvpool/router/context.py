@@ -21,7 +21,7 @@ from vllm_kvpool.router.request import Request
 from vllm_kvpool.router.responses import error_body
 from vllm_kvpool.router.retries import RetryBudget
 from vllm_kvpool.router.tokens import Tokens
-from vllm_kvpool.router.types import Decision, RouteRequest
+from vllm_kvpool.router.types import Decision, Replica, RouteRequest
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +58,11 @@ class Context:
 
     def decide(self, route: RouteRequest, policy: Policy) -> Decision | None:
         return policy.decide(route, self.fleet, self.clock())
+
+    def count(self, name: str, replica: Replica, *labels: str) -> None:
+        """Of one that has gone while it had this request nothing is counted: its series went with it."""
+        if replica.id in self.fleet:
+            self.metrics.count(name, replica.id, *labels)
 
     def reject(
         self, client: ClientConnection, status: int, message: str, added: bytes = b""

@@ -81,13 +81,13 @@ class Exchange:
 
     def _next(self, failed: Replica, outcome: Outcome) -> Replica | None:
         """The best replica that is left, if one is and it may be tried."""
-        metrics = self._context.metrics
+        context = self._context
         if not self._others_left():
             return None
         if not self._may_move(outcome):
-            metrics.count("retries_refused_total")
+            context.metrics.count("retries_refused_total")
             return None
-        metrics.count("retries_total", failed.id, outcome.value)
+        context.count("retries_total", failed, outcome.value)
         self._retries += 1
         return self._rest.pop(0)
 
@@ -158,17 +158,23 @@ class Exchange:
             head = await connection.ask(self._head_for(replica), request.body)
             if head.status in TRY_ELSEWHERE and context.budget.available and self._others_left():
                 return Outcome.BUSY
-            context.metrics.observe(context.clock() - self._began, "first_byte_seconds", replica.id)
-            context.metrics.count("requests_total", replica.id, str(head.status))
+            self._count_head(head, replica)
             if request.method == b"HEAD":
                 connection.skip_body()
             await connection.relay_to(self._client, self._answer_head(head, decision, replica))
-            if head.status == 200 and request.path in GENERATING:
+            if head.status == 200 and request.path in GENERATING and replica.id in context.fleet:
                 hits = decision.hits if replica.id == decision.replica.id else NO_HITS
                 self._account(find_usage(connection.tail), replica, hits)
             return Outcome.ANSWERED
         finally:
             context.connections.give_back(replica.url, connection)
+
+    def _count_head(self, head: ResponseHead, replica: Replica) -> None:
+        context = self._context
+        context.count("requests_total", replica, str(head.status))
+        if replica.id in context.fleet:
+            seconds = context.clock() - self._began
+            context.metrics.observe(seconds, "first_byte_seconds", replica.id)
 
     def _head_for(self, replica: Replica) -> bytes:
         request = self._request
@@ -217,5 +223,5 @@ class Exchange:
 
     def _break_off(self, replica: Replica) -> None:
         """The client sees that its answer is not whole."""
-        self._context.metrics.count("lost_answers_total", replica.id)
+        self._context.count("lost_answers_total", replica)
         self._client.abort()
