@@ -10,7 +10,8 @@ of its durations ten times shorter, and `--speed 0` leaves them out. What the mo
 replays them at P + 1000 + r (`mock_events.py`). `X-data-parallel-rank` chooses the rank, else ranks take turns.
 
 Beyond what an engine has:
-    POST /mock/faults    one `Fault` as JSON, e.g. {"kind": "status", "status": 503, "count": 2}; DELETE ends all
+    POST /mock/faults    one `Fault` as JSON, e.g. {"kind": "status", "status": 503, "count": 2}; DELETE ends all;
+                         GET: {"met": {"status 503": 2}, "waiting": [the faults that nobody has met yet]}
     POST /mock/restart   forget the cache, as a restart does
     GET  /mock/requests  the last requests: path, rank, session header, prompt and cached tokens
 """
@@ -22,7 +23,7 @@ import asyncio
 import os
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -70,8 +71,15 @@ class Fault(msgspec.Struct, forbid_unknown_fields=True):
     count: int = 1
     status: int = 503
     after_parts: int = 0
-    """`close` and `stall` in a stream: after so many parts; 0: before the first byte."""
+    """`close` and `stall`: of the next streams only, after so many parts; 0: before the first byte."""
     seconds: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """For counting."""
+        if self.kind == "status":
+            return f"status {self.status}"
+        return f"{self.kind} in a stream" if self.after_parts else self.kind
 
 
 class Rank:
@@ -98,9 +106,12 @@ class MockReplica:
         self.config = config
         self.ranks = [Rank(number, config) for number in range(config.dp_ranks)]
         self.faults: list[Fault] = []
+        self.met: Counter[str] = Counter()
+        """Faults that requests met, by `Fault.name`."""
         self.requests: deque[dict[str, Any]] = deque(maxlen=1_000)
         self._turns = cycle(self.ranks)
         self._started = time.monotonic()
+        self._started_at = time.time()
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 << 20)
@@ -115,6 +126,7 @@ class MockReplica:
                 web.get("/health", self._health),
                 web.get("/metrics", self._metrics),
                 web.post("/mock/faults", self._add_fault),
+                web.get("/mock/faults", self._list_faults),
                 web.delete("/mock/faults", self._end_faults),
                 web.post("/mock/restart", self._restart),
                 web.get("/mock/requests", self._requests),
@@ -131,7 +143,7 @@ class MockReplica:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await _parsed(request)
-        fault = self._fault(("status", "close", "stall", "exit"))
+        fault = self._fault(("status", "close", "stall", "exit"), streamed=bool(body.get("stream")))
         if fault is not None and not fault.after_parts:
             await self._suffer(fault, request)
         rank = self._rank(request)
@@ -229,10 +241,14 @@ class MockReplica:
 
     # faults ---------------------------------------------------------------------------------------
 
-    def _fault(self, kinds: Sequence[str]) -> Fault | None:
+    def _fault(self, kinds: Sequence[str], *, streamed: bool = False) -> Fault | None:
         """The first that is due, counted."""
-        fault = next((fault for fault in self.faults if fault.kind in kinds), None)
-        if fault is not None and fault.count > 0:
+        due = (f for f in self.faults if f.kind in kinds and (streamed or not f.after_parts))
+        fault = next(due, None)
+        if fault is None:
+            return None
+        self.met[fault.name] += 1
+        if fault.count > 0:
             fault.count -= 1
             if not fault.count:
                 self.faults.remove(fault)
@@ -266,6 +282,10 @@ class MockReplica:
         else:
             self.faults.append(fault)
         return web.json_response({})
+
+    async def _list_faults(self, request: web.Request) -> web.Response:
+        answer = {"met": self.met, "waiting": self.faults}
+        return web.json_response(body=msgspec.json.encode(answer))
 
     async def _end_faults(self, request: web.Request) -> web.Response:
         self.faults.clear()
@@ -319,6 +339,7 @@ class MockReplica:
                 f"vllm:prefix_cache_hits_total{{{labels}}} {rank.hits}",
                 f'vllm:cache_config_info{{{blocks},engine="{number}"}} 1',
             ]
+        lines.append(f"process_start_time_seconds {self._started_at}")
         return web.Response(text="\n".join([*lines, ""]))
 
 
@@ -345,7 +366,10 @@ def _error(status: int, body: bytes) -> web.HTTPException:
 async def serving(config: MockConfig) -> AsyncIterator[tuple[MockReplica, str]]:
     """The replica and its URL, in this event loop."""
     replica = MockReplica(config)
-    runner = web.AppRunner(replica.app(), access_log=None, shutdown_timeout=0.1)
+    # handler_cancellation: as an engine aborts the requests of clients that leave
+    runner = web.AppRunner(
+        replica.app(), access_log=None, shutdown_timeout=0.1, handler_cancellation=True
+    )
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", config.port))
     await web.SockSite(runner, listener).start()

@@ -211,6 +211,39 @@ class Engine(ChildProcess):
             return str(response.read().decode())
 
 
+class MockEngine(ChildProcess):
+    """`benchmarks.mock_replica`; `start` returns when it says that it is ready. It keeps its port when it is
+    started again."""
+
+    def __init__(self, log: Path, *options: str) -> None:
+        self.port = free_port()
+        module = "benchmarks.mock_replica"
+        super().__init__([sys.executable, "-m", module, "--port", str(self.port), *options], log)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Self:
+        give_up = time.monotonic() + READY_TIMEOUT_S
+        told = self.log.stat().st_size if self.log.exists() else 0
+        super().start()
+        while b"ready http" not in self.log.read_bytes()[told:]:
+            if not self.running or time.monotonic() > give_up:
+                raise self.fail("the mock replica did not get ready")
+            time.sleep(0.005)
+        return self
+
+    def ask(self, path: str, body: object = None, **headers: str) -> Any:
+        """Its answer's JSON; with a body it is a POST. urllib.error.HTTPError for a status that is no success."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data)
+        for name, value in headers.items():
+            request.add_header(name.replace("_", "-"), value)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)
+
+
 class Router(ChildProcess):
     """`vllm-kvpool route` on free ports; `start` returns when it says that it is ready."""
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import until
 from router.conftest import CHAT, RouterUnderTest, chat_body
 
-from benchmarks.processes import ChildProcess
+from benchmarks.processes import MockEngine
 
 
 def free_ports() -> int:
@@ -29,31 +25,18 @@ def free_ports() -> int:
     raise AssertionError("no port is free")
 
 
-class MockEngine(ChildProcess):
-    """Two data-parallel ranks."""
-
-    def __init__(self, log: Path) -> None:
-        self.events_port = free_ports()
-        options = ["--speed", "0", "--dp-ranks", "2", "--events-port", str(self.events_port)]
-        super().__init__([sys.executable, "-m", "benchmarks.mock_replica", *options], log)
-        self.url = ""
-
-    def wait_ready(self) -> None:
-        until(lambda: b"ready http" in self.log.read_bytes(), "the mock replica")
-        self.url = self.log.read_text().split("ready ")[1].split()[0]
-
-    def post(self, path: str, body: object, **headers: str) -> Any:
-        request = urllib.request.Request(f"{self.url}{path}", json.dumps(body).encode())
-        for name, value in headers.items():
-            request.add_header(name.replace("_", "-"), value)
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return json.load(response)
+EVENTS = ("--speed", "0", "--dp-ranks", "2", "--events-port")
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Iterator[MockEngine]:
-    with MockEngine(tmp_path / "mock.log") as running:
-        running.wait_ready()
+def events_port() -> int:
+    return free_ports()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, events_port: int) -> Iterator[MockEngine]:
+    """Two data-parallel ranks."""
+    with MockEngine(tmp_path / "mock.log", *EVENTS, str(events_port)) as running:
         yield running
 
 
@@ -70,12 +53,12 @@ def predicted_hit_tokens(router: RouterUnderTest, text: str) -> int:
 
 
 def test_the_router_knows_what_others_put_into_a_cache(
-    engine: MockEngine, make_router: Callable[..., RouterUnderTest]
+    engine: MockEngine, events_port: int, make_router: Callable[..., RouterUnderTest]
 ) -> None:
     texts = [f"{number} ".ljust(4_000, "x") for number in range(8)]
     for text in texts:
-        engine.post(CHAT, chat_body(text), X_data_parallel_rank="1")
-    ports = f"{engine.events_port},{engine.events_port + 1_000}"
+        engine.ask(CHAT, chat_body(text), X_data_parallel_rank="1")
+    ports = f"{events_port},{events_port + 1_000}"
     ranks = [f"r{rank}={engine.url}@{rank}" for rank in range(2)]
     router = make_router(*ranks, options=("--policy", "kv_events", "--kv-events", ports))
     until(lambda: predicted_hit_tokens(router, texts[-1]) > 900, "the events to be heard")
@@ -86,7 +69,7 @@ def test_the_router_knows_what_others_put_into_a_cache(
         assert replica == "r1"
         assert predicted == cached > 900
     assert hits(router, "y" * 4_000)[1:] == (0, 0)
-    engine.post("/mock/restart", {})
+    engine.ask("/mock/restart", {})
     until(lambda: predicted_hit_tokens(router, texts[0]) == 0, "the cleared cache to be known")
 
 

@@ -135,6 +135,36 @@ def test_faults_come_as_often_as_asked() -> None:
     run(body)
 
 
+def test_faults_are_counted_and_those_of_streams_wait_for_one() -> None:
+    async def body(client: aiohttp.ClientSession, replica: MockReplica) -> None:
+        await client.post("/mock/faults", json={"kind": "close", "after_parts": 1})
+        await client.post("/mock/faults", json={"kind": "status", "status": 503})
+        async with client.post("/v1/chat/completions", json=chat("hi")) as response:
+            assert response.status == 503
+        await usage(client, chat("hi"))
+        told = await (await client.get("/mock/faults")).json()
+        assert told["met"] == {"status 503": 1}
+        assert [fault["kind"] for fault in told["waiting"]] == ["close"]
+        async with client.post("/v1/chat/completions", json=chat("hi", stream=True)) as response:
+            with pytest.raises(aiohttp.ClientError):
+                await response.read()
+        told = await (await client.get("/mock/faults")).json()
+        assert told == {"met": {"status 503": 1, "close in a stream": 1}, "waiting": []}
+
+    run(body)
+
+
+def test_a_client_that_leaves_ends_its_generation() -> None:
+    async def body(client: aiohttp.ClientSession, replica: MockReplica) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await client.post("/v1/chat/completions", json=chat("hi", max_tokens=100_000))
+        while replica.ranks[0].running or replica.ranks[0].waiting:
+            await asyncio.sleep(0.01)
+
+    run(body, MockConfig(speed=1))
+
+
 def test_metrics_carry_the_names_of_vllm() -> None:
     async def body(client: aiohttp.ClientSession, replica: MockReplica) -> None:
         await usage(client, chat("x" * 4000))
