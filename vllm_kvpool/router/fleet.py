@@ -53,6 +53,8 @@ class Fleet:
         self.total_requests = 0
         self.accepting_share = 0.0
         """Sum of the shares of those that accept: 1 for each that is warm."""
+        self.all_well = True
+        """All members accept, and are warm."""
         self._members: dict[str, Member] = {}
         for replica in replicas:
             self.add(replica)
@@ -103,8 +105,9 @@ class Fleet:
         self._sum_shares()
 
     def _sum_shares(self) -> None:
-        accepting = (m for m in self if m.state is ReplicaState.ACCEPTING)
-        self.accepting_share = sum(member.share for member in accepting)
+        shares = [m.share for m in self if m.state is ReplicaState.ACCEPTING]
+        self.accepting_share = sum(shares)
+        self.all_well = len(shares) == len(self) and all(share == 1 for share in shares)
 
     # loads ----------------------------------------------------------------------------------------
 
@@ -135,6 +138,8 @@ class Fleet:
         assert all(0 < member.share <= 1 for member in members)
         assert self.total_tokens == sum(member.tokens for member in members)
         assert self.total_requests == sum(member.requests for member in members)
+        well = (m.state is ReplicaState.ACCEPTING and m.share == 1 for m in members)
+        assert self.all_well == all(well)
 
 
 def _checked_share(share: float) -> float:

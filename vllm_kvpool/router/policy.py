@@ -84,4 +84,4 @@ def weight(request: RouteRequest) -> int:
 
 
 def fallbacks(order: Iterable[Member], chosen: Member) -> tuple[Replica, ...]:
-    return tuple(member.replica for member in order if member is not chosen)
+    return tuple([member.replica for member in order if member is not chosen])

@@ -19,6 +19,7 @@ from vllm_kvpool.router.types import ReplicaState
 MASK = (1 << 64) - 1
 _MIX_1 = 0x9E3779B97F4A7C15
 _MIX_2 = 0xD1B54A32D192ED03
+_SCORE = (1 << 30) - 1
 MAX_CANDIDATES = 9
 """One to be chosen and eight to fall back to."""
 
@@ -63,6 +64,8 @@ class Rendezvous:
     def candidates(self, order: Sequence[Member], key: int, bound_to: str | None) -> list[Member]:
         """The first that may take a request, in this order: those that accept, and the one that
         drains where the key is bound to it. Those that have no part in the key come last."""
+        if self._fleet is not None and self._fleet.all_well:
+            return list(order[:MAX_CANDIDATES])
         found: list[Member] = []
         later: list[Member] = []
         for member in order:
@@ -107,14 +110,15 @@ class Rendezvous:
         self._own_hash = {m: hash64(m.replica.id.encode()) | 1 for m in fleet}
 
     def _ranked(self, key: int, members: Sequence[Member]) -> list[Member]:
-        """By the low 64 bits of key times member: one multiplication each, since there are 64 of them
-        in the time of a decision. Both are hashes, so nothing more needs mixing."""
+        """By the upper 30 of the low 64 bits of key times member: one multiplication each, since there
+        are 64 of them in the time of a decision, and numbers that small are sorted twice as fast.
+        Both are hashes, so nothing more needs mixing."""
         salted = mix(key, self._seed) | 1
         own = self._own_hash
         if members is self._members:
-            scores = [salted * value & MASK for value in own.values()]
+            scores = [salted * value >> 34 & _SCORE for value in own.values()]
         else:
-            scores = [salted * own[member] & MASK for member in members]
+            scores = [salted * own[member] >> 34 & _SCORE for member in members]
         falling = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
         return [members[i] for i in falling]
 
