@@ -97,6 +97,18 @@ def test_killing_a_replica_loses_no_request_without_a_first_byte(
     router.wait_idle()
 
 
+def test_the_ranks_of_a_dead_engine_cost_no_request(
+    make_router: MakeRouter, replicas: list[FakeReplica]
+) -> None:
+    """More of them than a request may move, and the next in turn."""
+    dead, well = replicas[:2]
+    ranks = [f"a{rank}={dead.url}@{rank}" for rank in range(LOST_MOVES + 2)]
+    router = make_router(*ranks, f"b={well.url}", options=TURNS)
+    dead.die()
+    assert outcomes(router, LOST_MOVES + 3) == {200}
+    router.wait_idle()
+
+
 def test_a_request_that_kills_replicas_ends(
     make_router: MakeRouter, make_replica: Callable[..., FakeReplica]
 ) -> None:

@@ -80,8 +80,11 @@ class Exchange:
         context.reject(self._client, 502, "no replica could be reached")
 
     def _next(self, failed: Replica, outcome: Outcome) -> Replica | None:
-        """The best replica that is left, if one is and it may be tried."""
+        """The best replica that is left, if one is and it may be tried. Ranks of an engine that was lost come last:
+        a few of them would use up all moves."""
         context = self._context
+        if outcome is Outcome.UNREACHABLE:
+            self._rest.sort(key=lambda replica: replica.url == failed.url)
         if not self._others_left():
             return None
         if not self._may_move(outcome):
