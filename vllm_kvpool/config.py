@@ -286,6 +286,12 @@ class RouterConfig(_Config, frozen=True, kw_only=True):
             if not 0 < getattr(self, field) < float("inf"):
                 raise ConfigError(field, getattr(self, field), "give a time above 0")
 
+    @property
+    def pause_scale(self) -> float:
+        """Of what is waited before a replica that failed is tried again: the default interval's pauses
+        would be long ones to a router that looks more often."""
+        return min(1.0, self.probe_interval_s / 2.0)
+
 
 _TIMES = ("client_timeout_s", "connect_timeout_s", "response_timeout_s", "probe_interval_s")
 

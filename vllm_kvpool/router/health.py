@@ -29,8 +29,9 @@ class Condition(Enum):
 class Health:
     """State: `condition`, since when, and the pause of the next ejection."""
 
-    def __init__(self, warmup_s: float, *, warm: bool) -> None:
-        """`warm`: it was there before the router, so it need not warm up."""
+    def __init__(self, warmup_s: float, *, warm: bool, pause_scale: float = 1.0) -> None:
+        """`warm`: it was there before the router, so it need not warm up. `pause_scale`: of FIRST_PAUSE_S
+        and LAST_PAUSE_S."""
         self.condition = Condition.NEW
         self.ejections = 0
         self.error = ""
@@ -38,6 +39,7 @@ class Health:
         self._warm = warm
         self._since = 0.0
         self._failures = 0
+        self._pause_scale = pause_scale
         self._pause_s = FIRST_PAUSE_S
         self._probe_at = 0.0
 
@@ -67,7 +69,7 @@ class Health:
         if self.condition not in {Condition.EJECTED, Condition.NEW}:
             self.ejections += 1
         self.condition = Condition.EJECTED
-        self._probe_at = now + self._pause_s
+        self._probe_at = now + self._pause_scale * self._pause_s
         self._pause_s = min(LAST_PAUSE_S, 2 * self._pause_s)
 
     def probe_due(self, now: float) -> bool:

@@ -66,7 +66,8 @@ class Supervisor:
         self._port = 0
 
     def _make_health(self) -> Health:
-        return Health(self._config.warmup_s, warm=not self._started)
+        config = self._config
+        return Health(config.warmup_s, warm=not self._started, pause_scale=config.pause_scale)
 
     async def run(self) -> None:
         """Until SIGTERM or SIGINT."""

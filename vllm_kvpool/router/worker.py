@@ -34,7 +34,8 @@ from vllm_kvpool.router.tokens import Tokens
 LOOK_S = 0.25
 """Between two looks for what waits too long, and for suspicions that are over."""
 SUSPECT_S = 1.0
-"""A replica that this worker could not reach is left alone until the parent knows."""
+"""A replica that this worker could not reach is left alone until the parent knows. Less where
+`RouterConfig.pause_scale` says so."""
 BACKLOG = 1_024
 
 
@@ -136,7 +137,8 @@ class Worker:
         return await self._asked[number]
 
     def _report(self, replica_id: str, error: str) -> None:
-        self._mirror.suspect(replica_id, self._loop.time() + SUSPECT_S)
+        pause_s = SUSPECT_S * self._config.pause_scale
+        self._mirror.suspect(replica_id, self._loop.time() + pause_s)
         self._channel.send(control.Failed(replica_id, error))
 
     async def _look(self) -> None:
