@@ -130,13 +130,17 @@ class Report:
         return found + self._unexplained()
 
     def _unexplained(self) -> list[str]:
-        """Answers that no fault accounts for. Whatever hits a process hits at most all clients."""
+        """Answers that no fault accounts for. Whatever hits a process hits at most all clients; while others are
+        out as well, a death or a refusal may leave nobody to go on to."""
         count = self.counts
         allowed = {
             "200": sum(count[kind] for kind in ("ask", "stream")),
             "400": count["nonsense"],
             "408": count["too slow"],
+            "429": count["status 429"],
             "500": count["status 500"],
+            "502": CLIENTS * count["replica killed"],
+            "503": count["status 503"] + CLIENTS * count["replica killed"],
             "504": count["stall"] + CLIENTS * count["replica frozen"],
             "cut": count["close in a stream"]
             + CLIENTS * (count["replica killed"] + count["worker killed"]),

@@ -12,7 +12,7 @@ from collections import Counter
 
 CHAT = "/v1/chat/completions"
 TASKS, SESSIONS, TURNS = 8, 1_000, 3
-PARTS = 8
+PARTS = 4
 """Events of a stream that is read to its end."""
 LONG = 2_000
 """Tokens of an answer that nobody waits for."""
