@@ -3,6 +3,11 @@
 It answers /health and /metrics by itself. What it does with any other request is its `behave`, a
 coroutine that gets the request and the writer; `answer`, `stream` and the others make such. All
 requests that came in are in `requests`; `gone` counts those whose client left before the end.
+
+Why it is not `benchmarks.mock_replica`: that one is an engine's model on an HTTP library, which neither
+writes a broken head, a byte of framing of its own or half an answer, nor waits between two chunks for
+the test, nor shows the request's headers as they came. Where a test needs an engine (its cache, its
+events, its usage, its death as a process) the mock replica serves: test_chaos.py, test_kv_events.py.
 """
 
 from __future__ import annotations
