@@ -68,6 +68,16 @@ def test_hosts_that_know_each_other_share(make_host: MakeHost, folders: dict[str
     check_bytes(b.client, keys, b.client.match_prefix(keys))
 
 
+def test_one_pair_for_all_hosts(make_host: MakeHost, tmp_path: Path) -> None:
+    """As daemons have it that share one Secret: whoever holds the key is one of us."""
+    make_keys(tmp_path / "keys", "pool")
+    a, b = (make_host("--keys", str(tmp_path / "keys")) for _ in range(2))
+    keys = keys_of("chain", 10)
+    store(a.client, keys)
+    wait_listed(a, 10)
+    assert b.pull(keys).blocks == 10
+
+
 def test_an_unknown_key_gets_nothing(
     make_host: MakeHost, folders: dict[str, Path], dial: Callable[..., Any]
 ) -> None:
