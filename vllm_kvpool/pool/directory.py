@@ -19,7 +19,6 @@ import contextlib
 import logging
 import os
 import queue
-import re
 import threading
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from vllm_kvpool._native import FORMAT_VERSION
-from vllm_kvpool.errors import ConfigError
+from vllm_kvpool.pool.redis_url import TIMEOUT_S, connector
 from vllm_kvpool.protocol import ACCEPTED_VERSIONS, PROTOCOL_VERSION, decoder
 
 logger = logging.getLogger(__name__)
@@ -40,7 +39,6 @@ HOST_TTL_S = 10
 BLOCK_TTL_S = 900
 FLUSH_S = 0.1
 RETRY_S = 1.0
-SOCKET_TIMEOUT_S = 0.5
 BATCH = 1_000
 """Writes in one round trip: about a millisecond of Redis, which a lookup may have to wait for."""
 MAX_WRITES = 500_000
@@ -87,7 +85,7 @@ class Directory:
     def __init__(
         self, url: str, pool: str, pool_id: str, me: HostRecord | None, counters: Counter[str]
     ) -> None:
-        self._connect, self._failures = _connector(url)
+        self._connect, self._failures = connector(url)
         self._prefix = f"kvpool:{SCHEMA}:{pool}:".encode()
         self._id = bytes.fromhex(pool_id)
         self._me = me
@@ -114,7 +112,7 @@ class Directory:
 
     def stop(self) -> None:
         self._asks.put(None)
-        self._thread.join(2 * SOCKET_TIMEOUT_S + 1)
+        self._thread.join(2 * TIMEOUT_S + 1)
         os.close(self.wake_fd)
 
     @property
@@ -350,25 +348,3 @@ def _record(raw: bytes | None) -> HostRecord | None:
         return None if raw is None else _decode_record(raw)
     except msgspec.DecodeError:
         return None
-
-
-def _connector(url: str) -> tuple[Any, tuple[type[Exception], ...]]:
-    """What makes connections, and what these raise. ConfigError: no such URL, or redis-py is
-    missing."""
-    try:
-        import redis
-        import redis.cluster
-        from redis.exceptions import RedisClusterException, RedisError
-    except ModuleNotFoundError:
-        fix = "it needs redis-py: pip install 'vllm-kvpool[cluster]'"
-        raise ConfigError("directory", url, fix) from None
-    scheme, _, rest = url.partition("://")
-    kind: Any = redis.cluster.RedisCluster if scheme.endswith("-cluster") else redis.Redis
-    plain = f"{scheme.removesuffix('-cluster')}://{rest}"
-    options = {"socket_timeout": SOCKET_TIMEOUT_S, "socket_connect_timeout": SOCKET_TIMEOUT_S}
-    try:
-        redis.connection.parse_url(plain)  # type: ignore[no-untyped-call]
-    except ValueError as error:
-        shown = re.sub(r"//.*@", "//***@", url)  # a password is nothing for a log
-        raise ConfigError("directory", shown, str(error)) from None
-    return lambda: kind.from_url(plain, **options), (RedisError, RedisClusterException, OSError)
