@@ -73,12 +73,18 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 def make_host(shm_dir: Path, redis_server: RedisServer) -> Iterator[Callable[..., Host]]:
     hosts: list[Host] = []
 
-    def make(*options: str, size: str = "64MiB", port: int = 0, url: str = "") -> Host:
+    def make(
+        *options: str,
+        size: str = "64MiB",
+        port: int = 0,
+        url: str = "",
+        daemon: Callable[..., Daemon] = Daemon,
+    ) -> Host:
         folder = shm_dir / f"host{len(hosts)}"
         folder.mkdir()
         port = port or free_port()
         common = ["--listen", f"tcp://127.0.0.1:{port}", "--directory", url or redis_server.url]
-        hosts.append(Host(Daemon(folder, *common, *options, size=size).start(), port))
+        hosts.append(Host(daemon(folder, *common, *options, size=size).start(), port))
         return hosts[-1]
 
     yield make

@@ -32,7 +32,8 @@ MIN_SLAB_BYTES, MAX_SLAB_BYTES, SLABS = 2 << 20, 1 << 30, 256
 """How the native core cuts a pool, for messages (native/src/format.cpp decides)."""
 MAX_SLOTS = 1 << 32
 _FRESH_LOCK_S = 60
-"""Younger lock files may belong to an engine that is just about to lock them."""
+"""Younger lock files may belong to an engine that is just about to lock them. By the wall clock, as files are
+dated: when it jumps, a file goes too early (its engine notices and makes another) or later."""
 
 
 def size_text(size: float) -> str:
