@@ -199,12 +199,16 @@ def compare(speeds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+def print_hooks(hooks: dict[str, dict[str, float]]) -> None:
+    columns = ("calls", "p50_us", "p99_us", "max_us", "processor_p50_us", "processor_p99_us")
+    print(f"| scheduler-side hook | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for hook, row in hooks.items():
+        print(f"| {hook} | {' | '.join(f'{row[column]:,.0f}' for column in columns)} |")
+
+
 def print_results(results: dict[str, Any]) -> None:
     if "hooks" in results:
-        columns = ("calls", "p50_us", "p99_us", "max_us", "processor_p50_us", "processor_p99_us")
-        print(f"| scheduler-side hook | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
-        for hook, row in results["hooks"].items():
-            print(f"| {hook} | {' | '.join(f'{row[column]:,.0f}' for column in columns)} |")
+        print_hooks(results["hooks"])
     if "overhead" in results:
         overhead = results["overhead"]
         print("| engine | tokens/s (median) |\n|---|---:|")

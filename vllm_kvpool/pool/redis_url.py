@@ -28,14 +28,15 @@ def connector(url: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]
     kind: Any = redis.cluster.RedisCluster if scheme.endswith("-cluster") else redis.Redis
     plain = f"{scheme.removesuffix('-cluster')}://{rest}"
     options: dict[str, Any] = {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S}
-    if plain.startswith("rediss:"):
-        options["ssl_check_hostname"] = (
-            True  # what the URL says wins; redis-py 5 says no by default
-        )
+    secure = plain.startswith("rediss:")
+    if secure:
+        # What the URL says wins; without a word redis-py 5 checks no names.
+        options["ssl_check_hostname"] = True
     try:
         pool = redis.ConnectionPool.from_url(plain, **options)
         pool.make_connection()  # without connecting: do its options exist?
-        _check_files(pool.connection_kwargs)
+        if secure:
+            _check_files(pool.connection_kwargs)
     except (ValueError, TypeError, OSError) as error:
         raise ConfigError("directory", _shown(url), str(error)) from None
     return lambda: kind.from_url(plain, **options), (RedisError, RedisClusterException, OSError)
