@@ -37,7 +37,7 @@ ONLY_IN = {
     "httptools": ("router",),
     "uvloop": ("router",),
     "zmq": ("channel", "curve", "router", *ON_THE_WIRE),
-    "redis": ("pool.directory",),
+    "redis": ("pool.redis_url",),
 }
 PURE = (
     "types", "protocol", "ledger", "pool.sessions", "pool.anchors",
