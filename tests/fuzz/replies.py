@@ -132,7 +132,8 @@ class Replies(Target):
         assert not any((pulls._by_key, pulls._matches, pulls._reads))
         assert client.view is not None
         assert client.view.leased_slots == 0
-        self._directory.take_answers()
+        self._directory._take_asks(0)  # as its thread would do, which never ran
+        self._directory._writes.clear()
 
     def close(self) -> None:
         self._context.destroy(linger=0)
