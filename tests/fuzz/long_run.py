@@ -10,6 +10,7 @@ the run and lies there as crash-*: put it into tests/fuzz/corpus/TARGET with the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import os
 import signal
@@ -76,7 +77,8 @@ def run_inside(shm_dir: Path, command: list[str]) -> int:
     try:
         return process.wait()
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # not all targets have one
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> int:
