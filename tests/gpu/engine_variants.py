@@ -18,7 +18,6 @@ import contextlib
 import json
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from typing import Any
 # A script's own folder comes first: add `benchmarks`.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.arms import QUIET, print_failure, runner_env
+from benchmarks.arms import QUIET, print_failure, runner_env, work_folder
 from benchmarks.offline import make_model
 from benchmarks.processes import ChildProcess, PoolDaemon, free_port, kv_transfer_config
 from vllm_kvpool.config import SHM_DIR
@@ -201,6 +200,20 @@ def pool_for_variants(folder: Path) -> Iterator[str]:
         shutil.rmtree(daemon.folder, ignore_errors=True)
 
 
+def passes(runs: Runs) -> bool:
+    """Prints the verdict."""
+    begun = time.monotonic()
+    try:
+        runs.run()
+    except (RuntimeError, OSError) as error:
+        runs.problems.append(str(error))
+    verdict = "FAIL" if runs.problems else "PASS"
+    took, told = f"{time.monotonic() - begun:.0f} s", "; ".join(runs.remarks)
+    print(f"{verdict} {runs.name} ({took}): {told}", flush=True)
+    print("".join(f"    {problem}\n" for problem in runs.problems), end="", flush=True)
+    return not runs.problems
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -209,25 +222,13 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="variants that need more are left out")
     parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="kvpool-variants-"))
-    print(f"logs: {folder}", flush=True)
     failed = []
-    with pool_for_variants(folder) as pool:
+    with work_folder() as folder, pool_for_variants(folder) as pool:
         for name in args.only.split(","):
             if num_gpus(name) > args.gpus:
                 print(f"left out {name}: needs {num_gpus(name)} GPUs, see --gpus", flush=True)
-                continue
-            begun = time.monotonic()
-            runs = Runs(name, pool, folder, args.engine)
-            try:
-                runs.run()
-            except (RuntimeError, OSError) as error:
-                runs.problems.append(str(error))
-            verdict = "FAIL" if runs.problems else "PASS"
-            told = "; ".join(runs.remarks)
-            print(f"{verdict} {name} ({time.monotonic() - begun:.0f} s): {told}", flush=True)
-            print("".join(f"    {problem}\n" for problem in runs.problems), end="", flush=True)
-            failed += [name] if runs.problems else []
+            elif not passes(Runs(name, pool, folder, args.engine)):
+                failed.append(name)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
