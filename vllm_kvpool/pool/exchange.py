@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 IO_THREADS = 4
 IDLE_POLL_MS, BUSY_POLL_MS = 100, 1
 PEER_IDLE_MS = 120_000
+MAX_SOCKETS = 16_384
+"""ZeroMQ's own limit is 1,023, and 255 peers have so many connections."""
 STOP_TIMEOUT_S = 5.0
 _MAILBOXES = itertools.count()
 
@@ -63,6 +65,7 @@ class Exchange:
         self._paths = paths
         self._pool_id = pool_id
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
+        self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self.mailbox, self._inbox = self._mailboxes()
         self._authenticator = self._keys.authenticator(self._context) if self._keys else None
         self._door_socket = self._bind(config.listen) if serves else None

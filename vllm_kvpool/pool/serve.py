@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from pathlib import Path
 
 from vllm_kvpool._native import IntegrityError, PoolOwner
@@ -63,6 +64,8 @@ def _place(owner: PoolOwner, config: PoolConfig) -> None:
 
 def _serve_owner(owner: PoolOwner, folder: PoolFolder, config: PoolConfig) -> None:
     prefault = Prefault(owner, Mount.of(Path(config.shm_dir)))
+    if config.has_exchange:
+        _allow_many_files()
     exchange = Exchange(folder.paths, config, owner.pool_id) if config.has_exchange else None
     service = PoolService(owner, folder, prefault, exchange)
     tools = [config.listen] if config.listen.startswith("ipc://") else []
@@ -81,6 +84,12 @@ def _serve_owner(owner: PoolOwner, folder: PoolFolder, config: PoolConfig) -> No
             exchange.stop()
         daemon.close()
         prefault.stop()
+
+
+def _allow_many_files() -> None:
+    """As many as we may have: a peer has a dozen, and the usual limit is 1,024."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _say_ready(owner: PoolOwner, name: str, endpoints: list[str]) -> None:
