@@ -6,7 +6,8 @@
 Real code: the router's policies, the pools with their eviction, which blocks the directory lists and is asked for, and
 the rules that decide on loads and pulls. Simulated: time, the engines, the links (`scaled_host.py`), and Redis, whose
 operations are counted. With `--redis` they are also done, by real `Directory` objects on a real redis-server, for its
-processor time for each (`directory_cost.py`); `--cost FILE` takes that from the JSON of an earlier run.
+processor time for each (`directory_cost.py`), and a daemon's turn with many peers is measured (`peer_cost.py`);
+`--cost FILE` takes that from the JSON of an earlier run.
 
 `--sharing`: the load is that of the trace for each 4 hosts (`--hosts-a-trace`), by copies of it that have nothing in
 common (apart) or everything but their sessions (alike); see `scaling_workload.py`. The trace's format and source are
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.directory_cost import DirectoryCost, redis_server
+from benchmarks.peer_cost import turn_s
 from benchmarks.report import write_json
 from benchmarks.scaled_fleet import FleetSimulation
 from benchmarks.scaled_host import HostModel
@@ -34,6 +36,8 @@ from vllm_kvpool.router.policies import make_policy
 
 FLEETS = (16, 64, 128)
 """Whose beats are measured: as many real directories, one process."""
+PEERS = (4, 16, 64, 255)
+"""To which a turn of the exchange's loop is measured (`peer_cost.py`)."""
 
 
 def simulate(
@@ -105,7 +109,7 @@ def measured_cost(args: argparse.Namespace) -> dict[str, Any] | None:
     if not args.redis:
         return None
     with redis_server() as url:
-        return DirectoryCost(url).measure(FLEETS)
+        return DirectoryCost(url).measure(FLEETS) | {"turn_s": turn_s(PEERS)}
 
 
 def picture(found: Sequence[Row], cost: dict[str, Any] | None) -> str:
