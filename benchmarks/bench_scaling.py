@@ -7,7 +7,7 @@ Real code: the router's policies, the pools with their eviction, which blocks th
 the rules that decide on loads and pulls. Simulated: time, the engines, the links (`scaled_host.py`), and Redis, whose
 operations are counted. With `--redis` they are also done, by real `Directory` objects on a real redis-server, for its
 processor time for each (`directory_cost.py`), and a daemon's turn with many peers is measured (`peer_cost.py`);
-`--cost FILE` takes that from the JSON of an earlier run.
+`--cost FILE` takes that from the JSON of an earlier run, and `--also FILE...` adds the rows of some to tables and plot.
 
 `--sharing`: the load is that of the trace for each 4 hosts (`--hosts-a-trace`), by copies of it that have nothing in
 common (apart) or everything but their sessions (alike); see `scaling_workload.py`. The trace's format and source are
@@ -29,7 +29,7 @@ from benchmarks.peer_cost import turn_s
 from benchmarks.report import write_json
 from benchmarks.scaled_fleet import FleetSimulation
 from benchmarks.scaled_host import HostModel
-from benchmarks.scaling_limits import Row, full_at, memory, redis_load, row_of
+from benchmarks.scaling_limits import Row, full_at, memory, redis_load, row_of, wire_bytes_per_s
 from benchmarks.scaling_workload import SHARINGS, TraceRequest, prompts, read
 from benchmarks.svg_plot import plot
 from vllm_kvpool.router.policies import make_policy
@@ -70,6 +70,11 @@ def rows(args: argparse.Namespace) -> Iterator[Row]:
         yield simulate(trace, policy, sharing, int(hosts), model, args)
 
 
+def earlier(args: argparse.Namespace) -> Iterator[Row]:
+    for path in args.also:
+        yield from json.loads(path.read_text())["rows"]
+
+
 def numbers(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
@@ -98,7 +103,8 @@ def limits(row: Row, cost: dict[str, Any]) -> str:
     parts = " | ".join(f"{load[name]:.1%}" for name in ("beats", "new", "renewals", "lookups"))
     return (
         f"| {row['sharing']}, {row['policy']} | {row['hosts']} | {parts} | {sum(load.values()):.1%} "
-        f"| {full_at(row, cost):,} | {used['redis'] / 2**20:,.0f} |"
+        f"| {full_at(row, cost):,} | {wire_bytes_per_s(row, cost) / 1e6:.1f} "
+        f"| {used['redis'] / 2**20:,.0f} |"
     )
 
 
@@ -150,6 +156,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--redis", action="store_true", help="measure a real one")
     parser.add_argument("--cost", type=Path, help="JSON of a run with --redis")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="JSON of earlier runs")
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -157,17 +164,17 @@ def main() -> None:
     if cost:
         print(json.dumps(cost, indent=1))
     found = []
-    if args.trace:
+    if args.trace or args.also:
         print(HEADINGS)
         print("|---" + "|---:" * (HEADINGS.count("|") - 2) + "|")
-        for row in rows(args):
+        for row in itertools.chain(earlier(args), rows(args) if args.trace else ()):
             print(line(row), flush=True)
             found.append(row)
     if cost and found:
         print(
-            "\n| of one core of Redis | hosts | beats | new | renewals | lookups | all | 70 % at | MiB |"
+            "\n| of one core of Redis | hosts | beats | new | renewals | lookups | all | 70 % at | MB/s | MiB |"
         )
-        print("|---" + "|---:" * 8 + "|")
+        print("|---" + "|---:" * 9 + "|")
         print("\n".join(limits(row, cost) for row in found))
     if args.svg and found:
         args.svg.write_text(picture(found, cost))

@@ -93,6 +93,7 @@ class DirectoryCost:
         found["read"] = self.read_line(1)._asdict()
         many = self.read_line(HOLDERS)
         found["holder_s"] = max(0.0, (many.each_s - found["read"]["each_s"]) / (HOLDERS - 1))
+        found["wire_bytes"] = self.wire_bytes()
         found["entry_bytes"], found["holder_bytes"] = self.redis_bytes()
         found["cached_bytes"], found["pending_bytes"] = self.client_bytes()
         return found
@@ -128,6 +129,30 @@ class DirectoryCost:
                 spent = self._spent(partial(_look_up_all, hosts[0], keys))
                 points.append((size, spent / LOOKUPS))
         return fit(points)
+
+    def wire_bytes(self) -> dict[str, float]:
+        """Both ways, without what TCP adds: of an entry written or removed, read (with one host in it), and of each
+        host that a beat asks for."""
+        keys = [os.urandom(KEY_BYTES) for _ in range(BATCH)]
+        with self._directories(1) as (host,):
+            work = {"add": lambda: host.announce(keys), "read": lambda: host.look_up(keys),
+                    "remove": lambda: host.announce((), keys)}  # fmt: skip
+            found = {name: self._wire(do) / BATCH for name, do in work.items()}
+        with self._directories(WRITERS):
+            beats = WRITERS * SECONDS / BEAT_S
+            found["beat_host"] = self._wire(lambda: time.sleep(SECONDS)) / beats / WRITERS
+        return found
+
+    def _wire(self, work: Callable[[], Any]) -> float:
+        """Less what asking for it takes."""
+        begun = self._wire_total()
+        asking = self._wire_total() - begun
+        work()
+        return self._wire_total() - begun - 2 * asking
+
+    def _wire_total(self) -> float:
+        stats = self._client.info("stats")
+        return float(stats["total_net_input_bytes"] + stats["total_net_output_bytes"])
 
     def redis_bytes(self) -> tuple[float, float]:
         """Of an entry with one host, and of each further host in it."""

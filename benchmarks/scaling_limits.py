@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from benchmarks.scaled_fleet import FleetSimulation
-from vllm_kvpool.pool.directory import BEAT_S, MAX_CACHED, MAX_WRITES
+from vllm_kvpool.pool.directory import BEAT_S, ID_BYTES, MAX_CACHED, MAX_WRITES
 from vllm_kvpool.pool.peer import CONNECTIONS
 
 Row = dict[str, Any]
@@ -65,6 +65,21 @@ def redis_load(row: Row, cost: dict[str, Any]) -> dict[str, float]:
         "lookups": spent("read", row["lookup_trips_per_s"], row["keys_read_per_s"])
         + more_holders * cost["holder_s"],
     }
+
+
+def wire_bytes_per_s(row: Row, cost: dict[str, Any]) -> float:
+    """Between all daemons and Redis, both ways."""
+    wire = cost["wire_bytes"]
+    added = row["added_per_s"] + row["renewed_per_s"]
+    beats = row["beats_per_s"] * row["hosts"] * wire["beat_host"]
+    more_holders = max(0.0, row["ids_read_per_s"] - row["keys_read_per_s"])
+    return float(
+        added * wire["add"]
+        + row["removed_per_s"] * wire["remove"]
+        + row["keys_read_per_s"] * wire["read"]
+        + more_holders * (ID_BYTES + 7)  # "$16", and two line ends
+        + beats
+    )
 
 
 def full_at(row: Row, cost: dict[str, Any], share: float = 0.7) -> int:
