@@ -77,7 +77,7 @@ class DirectoryCost:
     """One Redis, and what it has spent."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
+        self._url = f"{url}?socket_timeout=10"  # a busy machine is not a Redis that is away
         self._client = redis.Redis.from_url(url)
         self._idle = 0.0
         self._idle = self._spent(lambda: time.sleep(2)) / 2
