@@ -163,6 +163,7 @@ def reasons_in_code() -> dict[str, set[str]]:
     pulls = "pool/pulls.py"
     pull_calls = ("_fail", "_finish", "_try_next_host")
     pull_ends = [call for name in pull_calls for call in nodes(pulls, ast.Call, name)]
+    pull_ends += nodes("pool/transfer.py", ast.Call, "TransferError")
     elsewhere = {
         "misses": bodies("connector/loads.py", "look_up", "_compared", "_why_not"),
         "load_failed_blocks": words(*statuses.value.values),

@@ -24,6 +24,7 @@ from vllm_kvpool.curve import HostKeys
 from vllm_kvpool.errors import ConfigError
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.directory import Directory, HostRecord
+from vllm_kvpool.pool.flight import Asker
 from vllm_kvpool.pool.peer import (
     HEARTBEAT_MS,
     HEARTBEAT_TIMEOUT_MS,
@@ -31,7 +32,7 @@ from vllm_kvpool.pool.peer import (
     Peer,
 )
 from vllm_kvpool.pool.peer_door import PeerDoor
-from vllm_kvpool.pool.pulls import Asker, Pulls
+from vllm_kvpool.pool.pulls import Pulls
 from vllm_kvpool.pool.spaces import Spaces
 from vllm_kvpool.protocol import MAX_MESSAGE_BYTES, CancelPull, Pull, Pulled
 from vllm_kvpool.types import BlockKeys

@@ -18,105 +18,20 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum, auto
 
-from vllm_kvpool._native import copy_checked
 from vllm_kvpool.ledger import StoreGrant
 from vllm_kvpool.pool.anchors import anchors, asked
 from vllm_kvpool.pool.directory import Answer, Directory, HostRecord
+from vllm_kvpool.pool.flight import Asker, Batch, Flight, Stage, key_at
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.pool.spaces import Space, Spaces
-from vllm_kvpool.protocol import (
-    AnyReply,
-    Blocks,
-    Error,
-    MatchBlocks,
-    Matched,
-    Pulled,
-    ReadBlocks,
-)
-from vllm_kvpool.types import (
-    KEY_BYTES,
-    BlockKeys,
-    SlotRefs,
-    num_keys,
-    num_refs,
-    pack_refs,
-    unpack_refs,
-)
+from vllm_kvpool.pool.transfer import TransferError, Transfers, forget_acknowledged, granted
+from vllm_kvpool.protocol import AnyReply, Blocks, Error, MatchBlocks, Matched, Pulled
+from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, num_refs
 
-BATCH_BYTES = 8 << 20
-WINDOW_BATCHES = 12
-"""Of one flight: enough for every connection to have the next one waiting."""
 MAX_FLIGHTS = 64
-NO_REFS = SlotRefs(b"")
 LOOK_UP_MS = 100
 """How long the directory may take; with Redis on the same link it is a few milliseconds."""
-
-
-@dataclass(slots=True, eq=False)
-class Asker:
-    """Somebody who waits for a chain."""
-
-    connection: bytes
-    request_id: int
-    digest: bytes
-    keys: BlockKeys
-    parent: bytes
-    due_ms: int
-    flight: Flight | None = None
-    led: bool = False
-    """It has had a flight of its own: what is missing now stays missing."""
-    reason: str = ""
-
-
-class Stage(Enum):
-    LOOK_UP = auto()
-    MATCH = auto()
-    TRANSFER = auto()
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    flight: Flight
-    first: int
-    """Its first block's place in the flight's keys."""
-    keys: BlockKeys
-    refs: SlotRefs = NO_REFS
-    """Granted slots."""
-    received: list[int] = field(default_factory=list)
-    """Good bytes of each of them."""
-    read_id: int = 0
-    completing: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    number: int
-    space: Space
-    keys: BlockKeys
-    parent: bytes
-    step_due_ms: int
-    stage: Stage = Stage.LOOK_UP
-    askers: list[Asker] = field(default_factory=list)
-    hosts: list[HostRecord] = field(default_factory=list)
-    peer: Peer | None = None
-    match_id: int = 0
-    count: int = 0
-    """Blocks to bring, of `keys`."""
-    next: int = 0
-    """First block that is in no batch yet."""
-    batches: dict[int, _Batch] = field(default_factory=dict)
-    """By their grant."""
-    started_ms: int = 0
-    received_bytes: int = 0
-    reason: str = ""
-    """Why it ends before its time."""
-
-    @property
-    def due_ms(self) -> int:
-        return max((asker.due_ms for asker in self.askers), default=0)
 
 
 class Pulls:
@@ -138,7 +53,7 @@ class Pulls:
         self._flights: dict[int, Flight] = {}
         self._by_key: dict[bytes, Flight] = {}
         self._matches: dict[int, Flight] = {}
-        self._reads: dict[int, _Batch] = {}
+        self._transfers = Transfers(lambda: next(self._numbers), counters)
         self._starting: list[Asker] = []
         """Their namespace's client is still connecting."""
 
@@ -179,7 +94,7 @@ class Pulls:
         if here == num_keys(asker.keys) or now >= asker.due_ms:
             self._finish(asker, here, "" if here == num_keys(asker.keys) else "deadline")
             return
-        flight = self._by_key.get(_key(asker.keys, here))
+        flight = self._by_key.get(key_at(asker.keys, here))
         if flight is None and not asker.led:
             asker.led = True
             flight = self._launch(space, asker, here, now)
@@ -203,17 +118,17 @@ class Pulls:
             return None
         end, seen = here, set[bytes]()
         while end < num_keys(asker.keys):
-            key = _key(asker.keys, end)
+            key = key_at(asker.keys, end)
             if key in self._by_key or key in seen:
                 break
             seen.add(key)
             end += 1
         keys = BlockKeys(asker.keys[here * KEY_BYTES : end * KEY_BYTES])
-        parent = _key(asker.keys, here - 1) if here else asker.parent
+        parent = key_at(asker.keys, here - 1) if here else asker.parent
         flight = Flight(next(self._numbers), space, keys, parent, now + LOOK_UP_MS)
         self._flights[flight.number] = flight
         for i in range(num_keys(keys)):
-            self._by_key[_key(keys, i)] = flight
+            self._by_key[key_at(keys, i)] = flight
         self._directory.ask(flight.number, asked(keys, space.grain))
         return flight
 
@@ -272,47 +187,28 @@ class Pulls:
         return blocks
 
     def _fill(self, flight: Flight, now: int) -> None:
-        client, slot_bytes = flight.space.client, flight.space.slot_bytes
-        step = max(1, BATCH_BYTES // slot_bytes)
-        while flight.next < flight.count and len(flight.batches) < WINDOW_BATCHES:
-            end = min(flight.next + step, flight.count)
-            keys = BlockKeys(flight.keys[flight.next * KEY_BYTES : end * KEY_BYTES])
-            parent = _key(flight.keys, flight.next - 1) if flight.next else flight.parent
-            grant_id = client.prepare_store(keys, parent)
-            if grant_id is None:
-                if not flight.batches:
-                    self._fail(flight, "no_room", now)
-                return
-            flight.batches[grant_id] = _Batch(flight, flight.next, keys)
-            flight.next = end
+        try:
+            self._transfers.fill(flight)
+        except TransferError as error:
+            self._fail(flight, error.reason, now)
 
     def take_grant(self, space: Space, grant: StoreGrant, now: int) -> None:
         found = (f for f in self._flights.values() if f.space is space)
         flight = next((f for f in found if grant.request_id in f.batches), None)
         if flight is None:
-            space.client.complete_store(grant.request_id, _granted(grant))
+            space.client.complete_store(grant.request_id, granted(grant))
             return
-        batch = flight.batches[grant.request_id]
-        batch.refs = _granted(grant)
-        if flight.reason or not batch.refs:
-            # Nothing to bring: the blocks came some other way, or there is no room.
-            self._complete(flight, grant.request_id)
-            if grant.refs is None:
-                self._fail(flight, "no_room", now)
-            return
-        keys = [_key(batch.keys, i) for i, ref in enumerate(unpack_refs(grant.refs or b"")) if ref]
-        batch.received = [0] * len(keys)
-        batch.read_id = next(self._numbers)
-        self._reads[batch.read_id] = batch
-        assert flight.peer is not None
-        flight.peer.ask(ReadBlocks(id=batch.read_id, namespace=space.digest, keys=b"".join(keys)))
+        try:
+            self._transfers.take_grant(flight, grant)
+        except TransferError as error:
+            self._fail(flight, error.reason, now)
 
     # what peers send ------------------------------------------------------------------------------
 
     def take_reply(self, peer: Peer, reply: AnyReply, frames: list[memoryview], now: int) -> None:
         peer.suspect_until_ms = min(peer.suspect_until_ms, now)
         flight = self._matches.pop(reply.id, None)
-        batch = self._reads.get(reply.id)
+        batch = self._transfers.batch_of(reply.id)
         match reply:
             case Matched() if flight is not None and flight.stage is Stage.MATCH:
                 self._take_match(flight, reply, now)
@@ -330,82 +226,35 @@ class Pulls:
                 self._counters["late_frames"] += len(frames)
 
     def _take_blocks(
-        self, batch: _Batch, blocks: Blocks, frames: list[memoryview], now: int
+        self, batch: Batch, blocks: Blocks, frames: list[memoryview], now: int
     ) -> None:
-        flight = batch.flight
-        client, slot_bytes = flight.space.client, flight.space.slot_bytes
-        refs = unpack_refs(batch.refs)
-        if len(blocks.sums) != 4 * len(frames) or blocks.first + len(frames) > len(refs):
-            self._fail(flight, "malformed", now)
+        try:
+            self._transfers.take_blocks(batch, blocks, frames)
+        except TransferError as error:
+            self._fail(batch.flight, error.reason, now)
             return
-        assert client.view is not None
-        for i, frame in enumerate(frames):
-            place, nbytes = blocks.first + i, frame.nbytes
-            if place < 0 or blocks.offset != batch.received[place]:
-                self._fail(flight, "malformed", now)
-                return
-            slot = client.view.payload(refs[place])
-            if nbytes == 0 or blocks.offset + nbytes > slot_bytes:
-                self._fail(flight, "malformed", now)
-                return
-            found = copy_checked(slot[blocks.offset : blocks.offset + nbytes], frame)
-            if found != int.from_bytes(blocks.sums[4 * i : 4 * i + 4], "little"):
-                self._fail(flight, "checksum", now)
-                return
-            batch.received[place] += nbytes
-            flight.received_bytes += nbytes
-            self._counters["pulled_bytes"] += nbytes
         if blocks.last:
-            grant_id = next(g for g, b in flight.batches.items() if b is batch)
-            whole = self._complete(flight, grant_id)
-            if whole < len(refs):
-                self._fail(flight, "absent", now)
-            self._fill(flight, now)
+            self._fill(batch.flight, now)
 
     # ends -----------------------------------------------------------------------------------------
-
-    def _complete(self, flight: Flight, grant_id: int) -> int:
-        """End a batch: its whole blocks become visible, the other slots free. How many are whole."""
-        batch = flight.batches[grant_id]
-        if batch.completing:
-            return 0
-        batch.completing = True
-        self._reads.pop(batch.read_id, None)
-        refs = unpack_refs(batch.refs)
-        received = batch.received or [0] * len(refs)
-        slot_bytes = flight.space.slot_bytes
-        short = [ref for ref, got in zip(refs, received, strict=True) if got < slot_bytes]
-        flight.space.client.complete_store(grant_id, pack_refs(short))
-        self._counters["pulled_blocks"] += len(refs) - len(short)
-        return len(refs) - len(short)
 
     def _fail(self, flight: Flight, reason: str, now: int) -> None:
         """Bring nothing more; what has arrived whole stays."""
         flight.reason = flight.reason or reason
-        flight.count = flight.next
-        if flight.number not in self._flights:
-            return
-        for grant_id, batch in flight.batches.items():
-            if batch.refs:
-                self._complete(flight, grant_id)
-        self._end_if_done(flight, now)
+        if flight.number in self._flights:
+            self._transfers.end(flight)
+            self._end_if_done(flight, now)
 
     def _end_if_done(self, flight: Flight, now: int) -> None:
-        client = flight.space.client
-        for grant_id, batch in list(flight.batches.items()):
-            if batch.completing and not client.is_open(grant_id):
-                del flight.batches[grant_id]
-        transferring = flight.stage is Stage.TRANSFER and flight.next < flight.count
-        if flight.batches or (not flight.reason and flight.stage is not Stage.TRANSFER):
-            return
-        if not transferring:
+        forget_acknowledged(flight)
+        if flight.complete:
             self._end(flight, now)
 
     def _end(self, flight: Flight, now: int) -> None:
         del self._flights[flight.number]
         self._matches.pop(flight.match_id, None)
         for i in range(num_keys(flight.keys)):
-            del self._by_key[_key(flight.keys, i)]
+            del self._by_key[key_at(flight.keys, i)]
         if flight.received_bytes and flight.peer is not None:
             flight.peer.note_rate(flight.received_bytes, now - flight.started_ms)
         askers, flight.askers = flight.askers, []
@@ -443,11 +292,3 @@ class Pulls:
             if not flight.reason:
                 self._fill(flight, now)
             self._end_if_done(flight, now)
-
-
-def _key(keys: bytes, place: int) -> bytes:
-    return keys[place * KEY_BYTES : (place + 1) * KEY_BYTES]
-
-
-def _granted(grant: StoreGrant) -> SlotRefs:
-    return pack_refs(ref for ref in unpack_refs(grant.refs or b"") if ref)
