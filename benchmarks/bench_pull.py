@@ -258,7 +258,7 @@ def time_lookups(redis_url: str, grain: int) -> dict[str, float]:
         questions = asked(keys, grain)
         if ticket % 2:
             written = counters["directory_writes"] + len(listed)
-            other.announce([key for _, key in listed], ())
+            other.announce([key for _, key in listed], True)
             wait_for(lambda written=written: counters["directory_writes"] >= written)  # type: ignore[misc]
         begun = time.perf_counter()
         directory.ask(ticket, questions)

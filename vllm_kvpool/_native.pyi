@@ -59,6 +59,8 @@ class PoolOwner:
     size: int
     slab_bytes: int
     num_slabs: int
+    num_slots: int
+    """Slot numbers lie below."""
     min_slot_bytes: int
 
     # memory ------------------------------------------------------------------------------------------------------
@@ -115,8 +117,9 @@ class PoolOwner:
     def take_changes(self) -> list[tuple[int, bytes, bytes]]:
         """Since the last call, by namespace: (its index, keys that became READY, keys that were forgotten). A key in
         both has come and gone; whether it is there now, the index knows."""
-    def ready_keys(self, slab: int) -> tuple[int, bytes]:
-        """The namespace that has a slab (-1: none) and the keys of its READY blocks there."""
+    def ready_keys(self, first: int, limit: int) -> tuple[int, bytes, int]:
+        """Looks at no more than `limit` slots from number `first` on: the namespace that has them (-1: none), the
+        keys of the READY blocks among them, and the slot to go on with (`num_slots` at the end)."""
     def beat(self, now_ms: int, pid: int) -> None:
         """Write the heartbeat that `ls` and `doctor` display."""
     def stats(self) -> dict[str, int]:

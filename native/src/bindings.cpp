@@ -243,6 +243,7 @@ void bind_owner(nb::module_& m) {
         .def_prop_ro("size", [](PoolOwner& o) { return o.file().geometry().size; })
         .def_prop_ro("slab_bytes", [](PoolOwner& o) { return o.file().geometry().slab_bytes; })
         .def_prop_ro("num_slabs", [](PoolOwner& o) { return o.file().geometry().num_slabs; })
+        .def_prop_ro("num_slots", [](PoolOwner& o) { return o.file().geometry().num_slots(); })
         .def_prop_ro("min_slot_bytes", [](PoolOwner& o) { return o.file().geometry().min_slot_bytes; })
         .def_prop_ro("populated_slabs", &PoolOwner::populated_slabs)
         .def("advise_hugepages", &PoolOwner::advise_hugepages)
@@ -307,11 +308,12 @@ void bind_owner(nb::module_& m) {
              })
         .def(
             "ready_keys",
-            [](PoolOwner& o, uint32_t slab) {
-                auto [name_space, keys] = o.ready_keys(slab);
-                return nb::make_tuple(name_space == kNoSlot ? -1 : static_cast<int>(name_space), pack_keys(keys));
+            [](PoolOwner& o, uint32_t from, uint32_t limit) {
+                auto [name_space, keys, next] = o.ready_keys(from, limit);
+                int index = name_space == kNoSlot ? -1 : static_cast<int>(name_space);
+                return nb::make_tuple(index, pack_keys(keys), next);
             },
-            "slab"_a)
+            "first"_a, "limit"_a)
         .def(
             "beat",
             [](PoolOwner& o, uint64_t now_ms, int64_t pid) {

@@ -19,15 +19,21 @@ NamespaceCounts PoolOwner::counts(uint32_t name_space) const {
     return counts;
 }
 
-std::pair<uint32_t, std::vector<BlockKey>> PoolOwner::ready_keys(uint32_t slab) const {
-    if (slab >= file_.geometry().num_slabs) throw std::invalid_argument("slab: no such one");
-    uint32_t owner = file_.slabs()[slab].owner.load(std::memory_order_relaxed);
-    std::vector<BlockKey> keys;
-    if (owner == 0) return {kNoSlot, keys};
-    slabs_.for_each_slot(slab, [&](uint32_t slot) {
-        if (state(slot) == SlotState::kReady) keys.push_back(header(slot).load_key());
-    });
-    return {owner - 1, keys};
+PoolOwner::ReadyKeys PoolOwner::ready_keys(uint32_t from, uint32_t limit) const {
+    if (from >= file_.geometry().num_slots() || limit == 0) throw std::invalid_argument("no such slots");
+    uint32_t slab = file_.slab_of(from);
+    const SlabEntry& entry = file_.slabs()[slab];
+    uint32_t first = static_cast<uint32_t>(slab * file_.geometry().slots_per_slab);
+    ReadyKeys found{kNoSlot, {}, static_cast<uint32_t>(first + file_.geometry().slots_per_slab)};
+    uint32_t owner = entry.owner.load(std::memory_order_relaxed);
+    if (owner == 0) return found;
+    found.name_space = owner - 1;
+    uint32_t end = first + entry.num_slots.load(std::memory_order_relaxed);
+    if (from < end && limit < end - from) found.next = end = from + limit;
+    for (uint32_t slot = from; slot < end; ++slot) {
+        if (state(slot) == SlotState::kReady) found.keys.push_back(header(slot).load_key());
+    }
+    return found;
 }
 
 std::map<std::string, uint64_t> PoolOwner::stats() const {

@@ -1,6 +1,8 @@
 // The daemon's verbs, one behaviour a test. `owner_random_test.cpp` mixes them.
 #include "kvpool/owner.h"
 
+#include <set>
+
 #include "fixtures.h"
 #include "kvpool/leases.h"
 
@@ -327,4 +329,30 @@ TEST(clear_forgets_what_nobody_leases) {
 TEST(policies_are_checked_by_name) {
     Folder folder;
     CHECK_THROWS(std::invalid_argument, PoolOwner::create(folder.pool(), 8 * kMiB, 65536, 0600, "x"));
+}
+
+// A walk over all slots in slices finds each READY block once, whatever the slices' size.
+TEST(ready_keys_in_slices) {
+    Pool pool(3);
+    uint32_t engine = pool.add_client();
+    pool.store(engine, keys_of(1, 80));  // of 96 slots: the last slab is not full
+    uint32_t other = pool.add_client("other", pool.add_namespace(2, 3 * kSlotBytes));
+    pool.prepare(other, keys_of(200, 1));  // WRITING, in a slab that had to be given up
+    uint64_t ready = pool.stat("ready");
+    uint32_t num_slots = static_cast<uint32_t>(pool.owner->file().geometry().num_slots());
+    for (uint32_t limit : {1u, 7u, 31u, 32u, 1000u}) {
+        std::set<uint64_t> seen;
+        for (uint32_t at = 0; at < num_slots;) {
+            PoolOwner::ReadyKeys found = pool.owner->ready_keys(at, limit);
+            CHECK(found.next > at && found.keys.size() <= limit);
+            for (const BlockKey& key : found.keys) {
+                CHECK_EQ(found.name_space, pool.name_space);
+                CHECK(pool.has(key) && seen.insert(key.hash()).second);
+            }
+            at = found.next;
+        }
+        CHECK_EQ(seen.size(), ready);
+    }
+    CHECK_THROWS(std::invalid_argument, pool.owner->ready_keys(num_slots, 1));
+    CHECK_THROWS(std::invalid_argument, pool.owner->ready_keys(0, 0));
 }

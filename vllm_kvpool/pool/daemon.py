@@ -75,10 +75,15 @@ class Daemon:
         if self._exchange is not None:
             poller.register(self._exchange.mailbox, zmq.POLLIN)
         while not self._stopping:
-            if poller.poll(HOUSEKEEPING_MS):
+            if poller.poll(self._wait_ms()):
                 self._serve_burst()
                 self._relay()
             self._keep_house()
+
+    def _wait_ms(self) -> int:
+        if self._announcer is None:
+            return HOUSEKEEPING_MS
+        return min(HOUSEKEEPING_MS, self._announcer.wait_ms(now_ms()))
 
     def stop(self) -> None:
         self._stopping = True
@@ -115,13 +120,13 @@ class Daemon:
         if now >= self._next_reap_ms:
             self._next_reap_ms = now + HOUSEKEEPING_MS
             self._service.reap(REAP_GRACE_S)
-            if self._announcer is not None:
-                self._announcer.turn(now)
         if now >= self._next_beat_ms:
             self._next_beat_ms = now + BEAT_MS
             self._service.tidy()
             self._owner.beat(pool_time_ms(), os.getpid())
             self._look_for_file()
+        if self._announcer is not None:
+            self._announcer.turn(now)
 
     def _look_for_file(self) -> None:
         if self._file_missed:

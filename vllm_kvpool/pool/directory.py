@@ -131,11 +131,15 @@ class Directory:
             answers.append(self._answers.get())
         return answers
 
-    def announce(self, ready: Iterable[bytes], gone: Iterable[bytes]) -> None:
-        """This host has these blocks now, and those no more."""
+    def announce(self, keys: Iterable[bytes], here: bool) -> None:
+        """This host has these blocks now, or no more."""
         if self._me is not None:
-            self._note([(key, self._id, False) for key in gone])
-            self._note([(key, self._id, True) for key in ready])
+            self._note([(key, self._id, here) for key in keys])
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether so much waits to be written that what is in no hurry should wait."""
+        return len(self._writes) > MAX_WRITES // 4
 
     def forget(self, keys: Iterable[bytes], host: bytes) -> None:
         """`host` has none of these blocks, whatever is written of it."""

@@ -80,8 +80,14 @@ class PoolOwner {
     // the last call, by namespace. Nothing is noted before `keep_journal`.
     void keep_journal() { journal_on_ = true; }
     std::map<uint32_t, Changes> take_changes() { return std::exchange(journal_, {}); }
-    // READY blocks of a slab, all of the namespace that has it (kNoSlot: nobody has).
-    std::pair<uint32_t, std::vector<BlockKey>> ready_keys(uint32_t slab) const;
+    // READY blocks among at most `limit` slots from number `from` on, of one slab and so of one namespace (kNoSlot:
+    // nobody has the slab). `next` is where to go on; past the last slot that is num_slots().
+    struct ReadyKeys {
+        uint32_t name_space;
+        std::vector<BlockKey> keys;
+        uint32_t next;
+    };
+    ReadyKeys ready_keys(uint32_t from, uint32_t limit) const;
 
     std::map<std::string, uint64_t> stats() const;
     void check_integrity() const;
