@@ -95,9 +95,11 @@ class PoolOwner:
         *,
         expiry_s: int = 0,
         pin: bool = False,
+        source: bytes = b"",
     ) -> bytes:
         """A WRITING slot for each key of a chain (in chain order), 0 for those present already and, from the first
-        that finds no room, for all the rest. `parent` is the key before the first, b"" for none."""
+        that finds no room, for all the rest. `parent` is the key before the first, b"" for none. `source`: 16 bytes,
+        the host that the blocks come from; they are its copies, unless pinned (docs/eviction.md)."""
     def complete_store(self, client: int, refs: Buffer) -> int:
         """WRITING -> READY for the refs this client owns; how many are READY now. Idempotent."""
     def abort_store(self, client: int, refs: Buffer) -> int: ...
@@ -112,6 +114,10 @@ class PoolOwner:
     def expire(self, now_s: int) -> int:
         """Forget blocks whose time is over; how many."""
     def evict(self, namespace: int, count: int) -> int: ...
+    def copy_sources(self) -> list[bytes]:
+        """Hosts that blocks here are copies of."""
+    def forget_source(self, source: bytes) -> None:
+        """That host's blocks are not to be counted on: its copies here are ordinary blocks from now on."""
     def keep_journal(self) -> None:
         """From now on note what becomes READY and what is forgotten, for `take_changes`."""
     def take_changes(self) -> list[tuple[int, bytes, bytes]]:

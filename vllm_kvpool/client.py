@@ -160,17 +160,28 @@ class PoolClient:
         self.view.release(refs)
 
     def prepare_store(
-        self, keys: BlockKeys, parent: bytes = b"", ttl_s: int = 0, pin: bool = False
+        self,
+        keys: BlockKeys,
+        parent: bytes = b"",
+        ttl_s: int = 0,
+        pin: bool = False,
+        source: bytes = b"",
     ) -> int | None:
         """Ask for slots for a chain of blocks. The number that `poll` will answer with, or None:
-        skipped."""
+        skipped. `source`: see `PrepareStore`."""
         reason = self._why_not(num_keys(keys))
         if reason is not None:
             self.skipped[reason] += 1
             return None
         due_ms = now_ms() + self._timeout_ms
         request = PrepareStore(
-            id=next(self._ids), deadline_ms=due_ms, keys=keys, parent=parent, ttl_s=ttl_s, pin=pin
+            id=next(self._ids),
+            deadline_ms=due_ms,
+            keys=keys,
+            parent=parent,
+            ttl_s=ttl_s,
+            pin=pin,
+            source=source,
         )
         if not self._channel.send(request):
             self.skipped["store_not_sent"] += 1

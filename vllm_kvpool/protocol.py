@@ -28,6 +28,7 @@ MAX_FRAME_BYTES = 1 << 20
 """Of block bytes; a block larger than that travels in several frames."""
 MAX_FRAMES = 256
 """In one message."""
+POOL_ID_BYTES = 16
 MAX_TTL_S = 10 * 365 * 24 * 3600
 MAX_PULL_MS = 60_000
 MAX_DESCRIPTION_BYTES = 2_048
@@ -78,6 +79,9 @@ class PrepareStore(Request, tag="prepare_store", frozen=True, kw_only=True):
     """Key of the block before the first; empty at the start of a chain."""
     ttl_s: int = 0
     pin: bool = False
+    source: bytes = b""
+    """Id of the host that they come from and that has them too, which makes them its copies; empty:
+    made here."""
 
 
 class CompleteStore(Request, tag="complete_store", frozen=True, kw_only=True):

@@ -231,6 +231,13 @@ struct PyCopyEngine {
     }
 };
 
+HostId unpack_host(nb::bytes id) {
+    HostId host;
+    if (id.size() != host.size()) throw std::invalid_argument("source: give 16 bytes");
+    std::memcpy(host.data(), id.data(), host.size());
+    return host;
+}
+
 void bind_owner(nb::module_& m) {
     nb::class_<PoolOwner>(m, "PoolOwner")
         .def_static("create", &PoolOwner::create, "path"_a, "size"_a, "min_slot_bytes"_a = 65536, nb::kw_only(),
@@ -263,16 +270,19 @@ void bind_owner(nb::module_& m) {
         .def(
             "prepare_store",
             [](PoolOwner& o, uint32_t client, nb::handle keys_object, nb::bytes parent, uint32_t now_s,
-               uint32_t expiry_s, bool pin) {
+               uint32_t expiry_s, bool pin, nb::bytes source) {
                 std::vector<BlockKey> keys = unpack_keys(keys_object);
                 std::optional<BlockKey> above;
                 if (parent.size() == kKeyBytes) above = BlockKey::from_bytes(parent.data());
                 if (!above && parent.size() != 0) throw std::invalid_argument("parent: give 32 bytes or none");
                 std::vector<uint64_t> refs(keys.size());
-                o.prepare_store(client, keys, above ? &*above : nullptr, now_s, {expiry_s, pin}, refs.data());
+                StoreOptions options{expiry_s, pin};
+                if (source.size() != 0) options.source = unpack_host(source);
+                o.prepare_store(client, keys, above ? &*above : nullptr, now_s, options, refs.data());
                 return pack_refs(refs, refs.size());
             },
-            "client"_a, "keys"_a, "parent"_a, "now_s"_a, nb::kw_only(), "expiry_s"_a = 0, "pin"_a = false)
+            "client"_a, "keys"_a, "parent"_a, "now_s"_a, nb::kw_only(), "expiry_s"_a = 0, "pin"_a = false,
+            "source"_a = nb::bytes("", 0))
         .def(
             "complete_store",
             [](PoolOwner& o, uint32_t client, nb::handle refs) { return o.complete_store(client, unpack_refs(refs)); },
@@ -297,6 +307,14 @@ void bind_owner(nb::module_& m) {
             "namespace"_a = -1, nb::kw_only(), "pinned"_a = true)
         .def("expire", &PoolOwner::expire, "now_s"_a)
         .def("evict", &PoolOwner::evict, "namespace"_a, "count"_a)
+        .def("copy_sources",
+             [](PoolOwner& o) {
+                 nb::list ids;
+                 for (const HostId& id : o.copy_sources()) ids.append(nb::bytes(id.data(), id.size()));
+                 return ids;
+             })
+        .def(
+            "forget_source", [](PoolOwner& o, nb::bytes source) { o.forget_source(unpack_host(source)); }, "source"_a)
         .def("keep_journal", &PoolOwner::keep_journal)
         .def("take_changes",
              [](PoolOwner& o) {

@@ -20,7 +20,7 @@ class Arc final : public EvictionPolicy {
         ghosts_once_.set_capacity(capacity);
         ghosts_often_.set_capacity(capacity);
     }
-    void insert(uint32_t slot, uint64_t key_hash) override {
+    bool insert(uint32_t slot, uint64_t key_hash) override {
         once_.retry();
         often_.retry();
         nodes_[slot].key_hash = key_hash;
@@ -33,7 +33,9 @@ class Arc final : public EvictionPolicy {
             often_.push_newest(slot);
         } else {
             once_.push_newest(slot);
+            return false;
         }
+        return true;
     }
     void hit(uint32_t slot) override {
         list_of(slot).remove(slot);

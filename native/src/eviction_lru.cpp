@@ -10,7 +10,10 @@ class Lru final : public EvictionPolicy {
     explicit Lru(size_t num_slots) : nodes_(num_slots) {}
 
     void set_capacity(uint64_t) override {}
-    void insert(uint32_t slot, uint64_t) override { list_.push_newest(slot); }
+    bool insert(uint32_t slot, uint64_t) override {
+        list_.push_newest(slot);
+        return false;
+    }
     void hit(uint32_t slot) override { list_.refresh(slot); }
     uint32_t coldest() override { return list_.oldest(); }
     void spare(uint32_t slot) override { list_.refresh(slot); }

@@ -20,12 +20,14 @@ class S3Fifo final : public EvictionPolicy {
         small_target_ = std::max<uint64_t>(capacity / kSmallShare, 1);
         ghosts_.set_capacity(capacity - capacity / kSmallShare);
     }
-    void insert(uint32_t slot, uint64_t key_hash) override {
+    bool insert(uint32_t slot, uint64_t key_hash) override {
         small_.retry();
         main_.retry();
         nodes_[slot].key_hash = key_hash;
         nodes_[slot].freq = 0;
-        (ghosts_.take(key_hash) ? main_ : small_).push_newest(slot);
+        bool remembered = ghosts_.take(key_hash);
+        (remembered ? main_ : small_).push_newest(slot);
+        return remembered;
     }
     void hit(uint32_t slot) override { nodes_[slot].freq = std::min<uint8_t>(nodes_[slot].freq + 1, kMaxFrequency); }
     uint32_t coldest() override {

@@ -26,6 +26,7 @@ PoolOwner::PoolOwner(PoolFile file, const std::string& policy)
       index_(file_),
       slabs_(file_),
       chains_(file_.geometry().num_slots()),
+      copies_(file_.geometry().num_slots()),
       policies_(kMaxNamespaces),
       counts_(kMaxNamespaces),
       idle_since_s_(kMaxNamespaces),
@@ -166,9 +167,12 @@ void PoolOwner::enter_policy(uint32_t slot) {
     if (expiry_s != 0) note_expiry(slot, expiry_s);
     if (pinned(slot)) {
         ++counts_of(slot).pinned;
-    } else {
-        policy_of(slot).insert(slot, h.load_key().hash());
+    } else if (policy_of(slot).insert(slot, h.load_key().hash())) {
+        // It was evicted not long ago and had to come again: no longer one to be taken first.
+        counters_.kept_copies += copies_.is_copy(slot);
+        copies_.unmark(slot);
     }
+    review_copy(slot);
 }
 
 void PoolOwner::note_expiry(uint32_t slot, uint32_t expiry_s) {
@@ -185,7 +189,22 @@ void PoolOwner::note_expiry(uint32_t slot, uint32_t expiry_s) {
 
 void PoolOwner::link(uint32_t child, uint32_t parent) {
     // Keys of another namespace are none of ours, whatever a client says.
-    if (chains_.parent(child) == kNoSlot && namespace_of(child) == namespace_of(parent)) chains_.link(child, parent);
+    if (chains_.parent(child) != kNoSlot || namespace_of(child) != namespace_of(parent)) return;
+    chains_.link(child, parent);
+    review_copy(parent);
+}
+
+void PoolOwner::unlink(uint32_t slot) {
+    uint32_t parent = chains_.parent(slot);
+    chains_.unlink(slot);
+    copies_.unmark(slot);
+    if (parent != kNoSlot) review_copy(parent, true);
+}
+
+void PoolOwner::review_copy(uint32_t slot, bool next) {
+    if (!copies_.is_copy(slot)) return;
+    bool expendable = state(slot) == SlotState::kReady && copies_.used_once(slot) && !chains_.has_children(slot);
+    copies_.offer(slot, namespace_of(slot), expendable, next);
 }
 
 void PoolOwner::free_slot(uint32_t slot) {
@@ -218,7 +237,7 @@ void PoolOwner::forget(uint32_t slot) {
 
 void PoolOwner::withdraw(uint32_t slot, bool evicted) {
     index_.erase(header(slot).load_key(), slot);
-    chains_.unlink(slot);
+    unlink(slot);
     if (journal_on_) journal_[namespace_of(slot)].gone.push_back(header(slot).load_key());
     NamespaceCounts& counts = counts_of(slot);
     if (pinned(slot)) {
@@ -257,6 +276,7 @@ void PoolOwner::prepare_store(uint32_t client, const std::vector<BlockKey>& keys
                               uint32_t now_s, const StoreOptions& options, uint64_t* refs) {
     if (client >= kMaxClients || !clients_.active(client)) throw std::invalid_argument("client: unknown");
     uint32_t name_space = clients_.name_space(client);
+    uint16_t source = options.source && !options.pin ? copies_.number_of(*options.source) : 0;
     ++guard_stamp_;
     uint32_t above = parent != nullptr ? index_.find(*parent) : kNoSlot;
     uint32_t above_tag = parent != nullptr ? parent->tag() : 0;
@@ -269,6 +289,7 @@ void PoolOwner::prepare_store(uint32_t client, const std::vector<BlockKey>& keys
             ++counters_.duplicates;
         } else if (!exhausted && (slot = take_slot(name_space, keys.size() - i, now_s, exhausted)) != kNoSlot) {
             start_writing(slot, client, keys[i], above_tag, options);
+            copies_.mark(slot, source);
             refs[i] = SlotRef{slot, SlotWord::generation(header(slot).word.load())}.pack();
         } else {
             // A chain with a hole is worth nothing behind it.
@@ -303,7 +324,7 @@ size_t PoolOwner::abort_store(uint32_t client, const std::vector<SlotRef>& refs)
     for (SlotRef ref : refs) {
         if (!writes(client, ref)) continue;
         index_.erase(header(ref.slot).load_key(), ref.slot);
-        chains_.unlink(ref.slot);
+        unlink(ref.slot);
         --counts_of(ref.slot).writing;
         free_slot(ref.slot);
         ++aborted;
@@ -335,6 +356,8 @@ void PoolOwner::touch(const std::vector<SlotRef>& chain) {
         if (!is(chain[i], SlotState::kReady)) continue;
         uint32_t slot = chain[i].slot;
         if (!pinned(slot)) policy_of(slot).hit(slot);
+        counters_.kept_copies += copies_.use(slot);
+        review_copy(slot);
         // A block whose parent was dropped and stored again finds it here.
         if (i > 0 && is(chain[i - 1], SlotState::kReady)) link(slot, chain[i - 1].slot);
     }

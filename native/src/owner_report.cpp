@@ -53,6 +53,9 @@ std::map<std::string, uint64_t> PoolOwner::stats() const {
             {"unassigned_slabs", slabs_.unassigned_populated()},
             {"stored", c.stored},
             {"evicted", c.evicted},
+            {"copies", copies_.size()},
+            {"evicted_copies", c.evicted_copies},
+            {"kept_copies", c.kept_copies},
             {"expired", c.expired},
             {"dropped", c.dropped},
             {"cleared", c.cleared},
@@ -68,13 +71,15 @@ std::map<std::string, uint64_t> PoolOwner::stats() const {
 
 void PoolOwner::check_integrity() const {
     slabs_.check_integrity();
-    size_t indexed = 0;
+    size_t indexed = 0, marked = 0;
     for (uint32_t ns = 0; ns < kMaxNamespaces; ++ns) {
         NamespaceCounts seen;
         uint64_t in_policy = 0;
         for (uint32_t slab : slabs_.slabs_of(ns)) {
             slabs_.for_each_slot(slab, [&](uint32_t slot) {
                 SlotState now = state(slot);
+                check_copy(slot);
+                marked += copies_.is_marked(slot);
                 if (now == SlotState::kFree) return;
                 if (now == SlotState::kEvicting) {
                     ++seen.doomed;
@@ -101,6 +106,17 @@ void PoolOwner::check_integrity() const {
         ensure(policies_[ns]->size() == in_policy, "size of the policy");
     }
     ensure(index_.size() == indexed, "size of the index");
+    copies_.check_integrity(marked);
+}
+
+void PoolOwner::check_copy(uint32_t slot) const {
+    SlotState now = state(slot);
+    ensure(!copies_.is_marked(slot) || now == SlotState::kReady || now == SlotState::kWriting, "copy in a free slot");
+    bool expendable = now == SlotState::kReady && copies_.used_once(slot) && !chains_.has_children(slot);
+    // A forgotten source's are taken off the list when their turn comes.
+    if (copies_.is_copy(slot)) ensure(copies_.is_offered(slot) == expendable, "copy that may go first");
+    ensure(copies_.is_marked(slot) || !copies_.is_offered(slot), "offered, but no copy");
+    ensure(!copies_.is_marked(slot) || !pinned(slot), "pinned copy");
 }
 
 // memory ----------------------------------------------------------------------------------------------------------

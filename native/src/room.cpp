@@ -1,5 +1,5 @@
 // Where free slots come from, in this order: a free slot of the namespace, a slab of nobody, a slab that another
-// namespace must give up, the coldest blocks of the namespace itself.
+// namespace must give up, the namespace's own copies of what other hosts have, its coldest blocks.
 #include <algorithm>
 
 #include "kvpool/leases.h"
@@ -11,6 +11,7 @@ namespace {
 constexpr uint32_t kIdleAfterS = 600;  // a namespace without engines for so long keeps nothing that others want
 constexpr size_t kSlabsToTry = 8;      // bounds the search for a slab without leased or pinned blocks
 constexpr size_t kPatience = 16384;    // blocks that cannot go, looked at in one call: then it is "no room"
+constexpr size_t kCopiesToTry = 256;   // of them, looked at in one call: others can go
 constexpr size_t kEvictAhead = 64;     // blocks evicted at a time when a batch asks for more
 constexpr size_t kSmallPart = 1024;    // or that part of the namespace, if less: walks down long chains pay off then
 constexpr size_t kBuryAtATime = 256;   // doomed blocks looked at before others have to go
@@ -45,13 +46,29 @@ size_t PoolOwner::evict(uint32_t name_space, size_t count) {
 }
 
 size_t PoolOwner::evict_coldest(uint32_t name_space, size_t count) {
-    size_t gone = 0, patience = kPatience;
+    size_t gone = evict_copies(name_space, count), patience = kPatience;
     while (gone < count && patience > 0) {
         uint32_t coldest = policies_[name_space]->coldest();
         if (coldest == kNoSlot) break;
         gone += evict_below(coldest, count - gone, patience);
     }
     counters_.evicted += gone;
+    return gone;
+}
+
+size_t PoolOwner::evict_copies(uint32_t name_space, size_t count) {
+    size_t gone = 0, patience = std::min<size_t>(copies_.offered(name_space), kCopiesToTry);
+    while (gone < count && patience > 0) {
+        uint32_t copy = copies_.coldest(name_space);
+        if (copy == kNoSlot) break;
+        if (!guarded(copy) && remove_ready(copy, true)) {
+            ++gone;
+        } else {
+            copies_.spare(copy);
+            --patience;
+        }
+    }
+    counters_.evicted_copies += gone;
     return gone;
 }
 

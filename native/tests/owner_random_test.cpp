@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <optional>
+#include <set>
 
 #include "fixtures.h"
 #include "kvpool/leases.h"
@@ -25,7 +26,13 @@ struct Block {
     bool pinned = false;
     bool ready = false;
     bool linked = false;  // the pool knows the parent: it goes first
+    uint8_t source = 0;   // host that it is a copy of; 0 = none, or a block like any other by now
+    int uses = 0;
 };
+
+HostId host_of(uint8_t number) {
+    return HostId{number};
+}
 
 struct Engine {
     std::string id;
@@ -84,6 +91,8 @@ class Model {
             die(engine);
         } else if (what < 985) {
             restart();
+        } else if (what < 990) {
+            forget_source();
         }
         check();
     }
@@ -111,6 +120,8 @@ class Model {
         StoreOptions options;
         if (below(random_, 4) == 0) options.expiry_s = now_s_ + 1 + below(random_, 20);
         options.pin = below(random_, 40) == 0;
+        uint8_t source = options.pin || below(random_, 2) == 0 ? 0 : static_cast<uint8_t>(1 + below(random_, 2));
+        if (source != 0) options.source = host_of(source);
         std::vector<BlockKey> keys;
         for (size_t i = 0; i < count; ++i) keys.push_back(key(path[from + i], engine));
         std::optional<BlockKey> parent;
@@ -128,7 +139,7 @@ class Model {
             CHECK(known || !no_room || refs[i].none());
             if (!known && refs[i].none()) no_room = true;
             if (!refs[i].none()) {
-                blocks_[block] = {refs[i], engine.index, above, options.expiry_s, options.pin, false, false};
+                blocks_[block] = {refs[i], engine.index, above, options.expiry_s, options.pin, false, false, source, 0};
                 Pattern::write(view_.payload(refs[i].slot), slot_bytes(engine), keys[i], refs[i].generation);
             }
             link(block, above);
@@ -137,7 +148,9 @@ class Model {
 
     void complete(Engine& engine) {
         std::vector<SlotRef> refs = take_writing(engine, [](Block& b) { b.ready = true; });
+        uint64_t kept = stat("kept_copies");
         CHECK_EQ(pool_.owner->complete_store(engine.index, refs), refs.size());
+        if (kept != stat("kept_copies")) find_kept(refs);
     }
     void abort(Engine& engine) {
         std::vector<SlotRef> refs = take_writing(engine, [](Block&) {});
@@ -170,6 +183,8 @@ class Model {
         CHECK_EQ(refs.size(), expected);
         pool_.owner->touch(refs);
         for (size_t i = 0; i < refs.size(); ++i) {
+            Block& block = blocks_.at(id(path[i], engine));
+            if (block.source != 0 && ++block.uses == 2) block.source = 0;
             if (i > 0) link(id(path[i], engine), id(path[i - 1], engine));
             CHECK(engine.leases->take(refs[i]));
             engine.held.push_back(refs[i]);
@@ -201,8 +216,13 @@ class Model {
     }
     void evict(Engine& engine) {
         size_t before = blocks_.size(), count = below(random_, 6);
+        uint64_t copies = stat("evicted_copies");
+        std::set<uint64_t> first = expendable(engine.name_space);
         size_t gone = pool_.owner->evict(engine.name_space, count);
         forget_evicted(0, false);
+        copies = stat("evicted_copies") - copies;
+        CHECK_EQ(copies, std::min(first.size(), count));
+        for (uint64_t id : first) CHECK(gone == copies || blocks_.count(id) == 0);
         CHECK_EQ(before - blocks_.size(), gone);
         CHECK(gone <= count);
     }
@@ -227,8 +247,42 @@ class Model {
     void restart() {
         pool_.restart(now_s_, policy_);
         expect_expired();
-        for (auto& [id, block] : blocks_) link(id, block.parent);
+        for (auto& [id, block] : blocks_) {
+            link(id, block.parent);
+            block.source = 0;
+        }
         for (Engine& engine : engines_) engine.leases->check_integrity();
+    }
+
+    void forget_source() {
+        uint8_t source = static_cast<uint8_t>(1 + below(random_, 2));
+        pool_.owner->forget_source(host_of(source));
+        for (auto& [id, block] : blocks_) block.source = block.source == source ? 0 : block.source;
+    }
+    // Copies whose key the policy remembers count as used again; only the policy knows which these are.
+    void find_kept(const std::vector<SlotRef>& refs) {
+        CHECK(policy_ != "lru");
+        for (SlotRef ref : refs) {
+            Block& block = blocks_.at(find(ref));
+            if (!pool_.owner->is_copy(ref.slot)) block.source = 0;
+        }
+    }
+    // Copies that were used once, followed by nothing but such: all of them go before anything else does.
+    std::set<uint64_t> expendable(uint32_t name_space) const {
+        std::set<uint64_t> found;
+        for (size_t before = SIZE_MAX; before != found.size();) {
+            before = found.size();
+            for (const auto& [id, block] : blocks_) {
+                bool copy = block.ready && block.source != 0 && block.uses == 1 && id % 64 == name_space;
+                if (copy && !is_leased(view_, block.ref.slot) && followed_by_none_but(found, id)) found.insert(id);
+            }
+        }
+        return found;
+    }
+    bool followed_by_none_but(const std::set<uint64_t>& expected, uint64_t id) const {
+        return std::all_of(blocks_.begin(), blocks_.end(), [&](const auto& other) {
+            return other.second.parent != id || !other.second.linked || expected.count(other.first) != 0;
+        });
     }
 
     template <class Fn>
@@ -283,6 +337,7 @@ class Model {
         CHECK_EQ(stats["ready"], ready);
         CHECK_EQ(stats["writing"], writing);
         CHECK_EQ(stats["pinned"], pinned);
+        CHECK_EQ(stats["copies"], ids([](const Block& b) { return b.source != 0; }).size());
     }
 
     Random random_;
@@ -296,7 +351,7 @@ class Model {
 };
 
 void run(uint64_t slabs, uint32_t namespaces) {
-    uint64_t evicted = 0, no_room = 0, vetoes = 0, moved = 0;
+    uint64_t evicted = 0, no_room = 0, vetoes = 0, moved = 0, copies = 0, kept = 0;
     for (const char* policy : {"lru", "arc", "s3fifo"}) {
         for (int seed = 1; seed <= kSeeds; ++seed) {
             Model model(static_cast<uint64_t>(seed), policy, slabs, namespaces);
@@ -305,11 +360,14 @@ void run(uint64_t slabs, uint32_t namespaces) {
             no_room += model.stat("no_room");
             vetoes += model.stat("lease_vetoes");
             moved += model.stat("slabs_moved");
+            copies += model.stat("evicted_copies");
+            kept += model.stat("kept_copies");
         }
     }
     if (kSeeds < 4) return;
     // The tests below mean something only while these happen.
     CHECK(evicted > 0 && no_room > 0 && vetoes > 0);
+    CHECK(copies > 0 && kept > 0);
     CHECK(namespaces == 1 || moved > 0);
 }
 

@@ -17,6 +17,7 @@ from vllm_kvpool.errors import ConfigError
 from vllm_kvpool.pool.announcer import Announcer
 from vllm_kvpool.pool.exchange import Exchange
 from vllm_kvpool.pool.service import PoolService
+from vllm_kvpool.pool.sources import Sources
 from vllm_kvpool.protocol import MAX_MESSAGE_BYTES, AnyReply
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Daemon:
         self._exchange = exchange
         directory = exchange.directory if exchange is not None else None
         self._announcer = Announcer(owner, directory) if directory is not None else None
+        self._sources = Sources(owner, directory)
         self._stopping = False
         self._next_reap_ms = 0
         self._next_beat_ms = 0
@@ -125,6 +127,7 @@ class Daemon:
             self._service.tidy()
             self._owner.beat(pool_time_ms(), os.getpid())
             self._look_for_file()
+            self._sources.review(now)
         if self._announcer is not None:
             self._announcer.turn(now)
 

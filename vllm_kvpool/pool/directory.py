@@ -29,7 +29,7 @@ import msgspec
 
 from vllm_kvpool._native import FORMAT_VERSION
 from vllm_kvpool.pool.redis_url import TIMEOUT_S, connector
-from vllm_kvpool.protocol import ACCEPTED_VERSIONS, PROTOCOL_VERSION, decoder
+from vllm_kvpool.protocol import ACCEPTED_VERSIONS, POOL_ID_BYTES, PROTOCOL_VERSION, decoder
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,6 @@ BATCH = 1_000
 MAX_WRITES = 500_000
 CACHE_S = 1.0
 MAX_CACHED = 100_000
-ID_BYTES = 16
 
 
 class HostRecord(msgspec.Struct, frozen=True):
@@ -100,6 +99,8 @@ class Directory:
         """(block, host) -> holds it. Guarded by the lock."""
         self._cache: dict[bytes, tuple[float, frozenset[bytes]]] = {}
         self._hosts: dict[bytes, HostRecord] = {}
+        self.living: frozenset[bytes] = frozenset()
+        """Ids of the hosts whose heart beat when we last looked."""
         self._said_away = False
         self.wants_all = False
         """Redis knows nothing of this host's blocks: `announce` them all."""
@@ -219,6 +220,7 @@ class Directory:
             )
             self._said_away = True
         self._redis = None
+        self.living = frozenset()
         self.wants_all = True  # what was not written is not known any more
         with self._lock:
             self._writes.clear()
@@ -293,12 +295,13 @@ class Directory:
         members = set(self._redis.smembers(self._hosts_key))
         self._hosts = {host: record for host, record in self._hosts.items() if host in members}
         self._fetch_hosts(members)
+        self.living = frozenset(self._hosts)
         if self._said_away:
             logger.info("the directory is back")
             self._said_away = False
 
     def _fetch_hosts(self, ids: Iterable[bytes]) -> None:
-        ids = [host for host in ids if len(host) == ID_BYTES]
+        ids = [host for host in ids if len(host) == POOL_ID_BYTES]
         pipe = self._redis.pipeline(transaction=False)
         for host in ids:
             pipe.get(self._host_key(host))

@@ -29,6 +29,7 @@ from vllm_kvpool.protocol import (
     MAX_PULL_MS,
     MAX_TTL_S,
     NO_CLIENT,
+    POOL_ID_BYTES,
     AnyReply,
     AnyRequest,
     CancelPull,
@@ -210,6 +211,8 @@ class PoolService:
         checked_keys(request.keys, request.parent)
         if not 0 <= request.ttl_s <= MAX_TTL_S:
             raise RefusedError("malformed", f"ttl_s lies between 0 and {MAX_TTL_S}")
+        if request.source and len(request.source) != POOL_ID_BYTES:
+            raise RefusedError("malformed", f"source has {POOL_ID_BYTES} bytes, or none")
         now_s = pool_time_s()
         refs = self._owner.prepare_store(
             session.client,
@@ -218,6 +221,7 @@ class PoolService:
             now_s,
             expiry_s=now_s + request.ttl_s if request.ttl_s else 0,
             pin=request.pin and self._may_pin(session.namespace, num_keys(request.keys)),
+            source=request.source,
         )
         return Prepared(id=request.id, refs=refs)
 

@@ -43,13 +43,14 @@ class Transfers:
 
     def fill(self, flight: Flight) -> None:
         """Ask for slots for the next batches. TransferError: there are none."""
+        assert flight.peer is not None
         client, slot_bytes = flight.space.client, flight.space.slot_bytes
         step = max(1, BATCH_BYTES // slot_bytes)
         while flight.next < flight.count and len(flight.batches) < WINDOW_BATCHES:
             end = min(flight.next + step, flight.count)
             keys = BlockKeys(flight.keys[flight.next * KEY_BYTES : end * KEY_BYTES])
             parent = key_at(flight.keys, flight.next - 1) if flight.next else flight.parent
-            grant_id = client.prepare_store(keys, parent)
+            grant_id = client.prepare_store(keys, parent, source=flight.peer.host.id)
             if grant_id is None:
                 if not flight.batches:
                     raise TransferError("no_room")

@@ -16,7 +16,8 @@ class EvictionPolicy {
 
     // `capacity` counts blocks; policies that split their room (ARC, S3-FIFO) need it.
     virtual void set_capacity(uint64_t capacity) = 0;
-    virtual void insert(uint32_t slot, uint64_t key_hash) = 0;
+    // True: a policy with a memory of the gone remembers it.
+    virtual bool insert(uint32_t slot, uint64_t key_hash) = 0;
     virtual void hit(uint32_t slot) = 0;
     // The next victim, kNoSlot when empty. It stays in until `evicted` or `erase`.
     virtual uint32_t coldest() = 0;

@@ -15,12 +15,14 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "kvpool/chains.h"
 #include "kvpool/clients.h"
+#include "kvpool/copies.h"
 #include "kvpool/eviction.h"
 #include "kvpool/index.h"
 #include "kvpool/mapping.h"
@@ -31,6 +33,7 @@ namespace kvpool {
 struct StoreOptions {
     uint32_t expiry_s = 0;  // 0 = never
     bool pin = false;
+    std::optional<HostId> source = {};  // the host that they come from, and that has them too: they are copies
 };
 
 struct NamespaceCounts {
@@ -75,6 +78,10 @@ class PoolOwner {
     size_t clear(std::optional<uint32_t> name_space, bool pinned);
     size_t expire(uint32_t now_s);
     size_t evict(uint32_t name_space, size_t count);
+    // Hosts that blocks here are copies of; one that is not to be counted on any more is forgotten.
+    bool is_copy(uint32_t slot) const { return copies_.is_copy(slot); }
+    std::vector<HostId> copy_sources() const { return copies_.sources(); }
+    void forget_source(const HostId& source) { copies_.forget(source); }
 
     // For the directory that tells other hosts what is here: which blocks became READY and which were forgotten since
     // the last call, by namespace. Nothing is noted before `keep_journal`.
@@ -118,6 +125,11 @@ class PoolOwner {
 
     void start_writing(uint32_t slot, uint32_t client, const BlockKey& key, uint32_t parent_tag,
                        const StoreOptions& options);
+    void unlink(uint32_t slot);  // from its chain; it is no copy any more
+    // To be called when its state, its use or its children have changed: a copy that was used and that nothing follows
+    // may be evicted first.
+    void review_copy(uint32_t slot, bool next = false);
+    void check_copy(uint32_t slot) const;
     void make_ready(uint32_t slot);
     void enter_policy(uint32_t slot);
     void note_expiry(uint32_t slot, uint32_t expiry_s);
@@ -139,6 +151,7 @@ class PoolOwner {
     uint32_t take_slot(uint32_t name_space, size_t wanted, uint32_t now_s, bool& exhausted);
     bool make_room(uint32_t name_space, size_t wanted, uint32_t now_s);
     size_t evict_coldest(uint32_t name_space, size_t count);
+    size_t evict_copies(uint32_t name_space, size_t count);
     size_t evict_below(uint32_t coldest, size_t count, size_t& patience);
     void spare_path(uint32_t leaf, uint32_t coldest, size_t& patience);
     bool take_slab_from_others(uint32_t name_space, uint32_t now_s);
@@ -153,6 +166,7 @@ class PoolOwner {
     Index index_;
     SlabAllocator slabs_;
     Chains chains_;
+    Copies copies_;
     std::vector<std::unique_ptr<EvictionPolicy>> policies_;  // by namespace
     std::vector<NamespaceCounts> counts_;
     std::vector<uint32_t> idle_since_s_;    // when the last client of a namespace left
@@ -172,7 +186,8 @@ class PoolOwner {
     size_t expiries_limit_ = 0;     // sweep them out when the heap gets as large as this
     struct Counters {
         uint64_t stored = 0, evicted = 0, expired = 0, dropped = 0, cleared = 0, no_room = 0, duplicates = 0,
-                 aborted = 0, reaped_clients = 0, lease_vetoes = 0, slabs_moved = 0, recovered = 0, discarded = 0;
+                 aborted = 0, reaped_clients = 0, lease_vetoes = 0, slabs_moved = 0, recovered = 0, discarded = 0,
+                 evicted_copies = 0, kept_copies = 0;
     } counters_;
 };
 

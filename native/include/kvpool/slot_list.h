@@ -29,6 +29,15 @@ class SlotList {
         newest_ = slot + 1;
         ++size_;
     }
+    void push_oldest(uint32_t slot) {
+        SlotNode& node = nodes_[slot];
+        node.list = id_;
+        node.newer = oldest_;
+        node.older = 0;
+        (oldest_ != 0 ? nodes_[oldest_ - 1].older : newest_) = slot + 1;
+        oldest_ = slot + 1;
+        ++size_;
+    }
     void remove(uint32_t slot) {
         SlotNode& node = nodes_[slot];
         (node.newer != 0 ? nodes_[node.newer - 1].older : newest_) = node.older;
