@@ -156,6 +156,11 @@ class ReadBlocks(Request, tag="read_blocks", frozen=True, kw_only=True):
     keys: bytes
 
 
+class CancelRead(Request, tag="cancel_read", frozen=True, kw_only=True):
+    """Nobody waits for the `ReadBlocks` with this id any more: end it now, if it has not ended. No
+    reply of its own."""
+
+
 # replies ------------------------------------------------------------------------------------------
 
 
@@ -238,7 +243,7 @@ AnyRequest = (
     | Clear
     | Stats
 )
-AnyPeerRequest = Hello | MatchBlocks | ReadBlocks
+AnyPeerRequest = Hello | MatchBlocks | ReadBlocks | CancelRead
 AnyReply = Welcome | Prepared | Completed | Pulled | Cleared | StatsReply | Matched | Blocks | Error
 
 encode = msgspec.msgpack.Encoder().encode

@@ -50,10 +50,13 @@ class FaultProxy:
         self._listener.close()
 
     def _relay(self, near: socket.socket) -> None:
+        far = socket.socket()
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, CHUNK_BYTES)  # bounds what waits here
         try:
-            far = socket.create_connection(("127.0.0.1", self.target))
+            far.connect(("127.0.0.1", self.target))
         except OSError:
             near.close()
+            far.close()
             return
         self._open += [near, far]
         for source, sink, answers in ((near, far, False), (far, near, True)):

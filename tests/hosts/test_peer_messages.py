@@ -184,3 +184,33 @@ def test_any_bytes_get_an_answer(payload: bytes) -> None:
     reply = door.handle(b"peer", payload)
     assert reply is not None
     assert getattr(reply, "code", "") != "internal"
+
+
+def read_message(read_id: int) -> bytes:
+    message = {"type": "read_blocks", "id": read_id, "namespace": DIGEST, "keys": KEYS}
+    return bytes(msgpack.packb(message))
+
+
+def test_a_cancelled_read_ends_once(host: Host, socket: zmq.Socket[bytes]) -> None:
+    """Each of many reads has one end, whether it was cancelled before, in the middle or too late."""
+    hello(socket)
+    reads = range(10, 40)
+    for read_id in reads:
+        socket.send(read_message(read_id))
+    for read_id in [*reads[5:], 7_777]:
+        socket.send(msgpack.packb({"type": "cancel_read", "id": read_id}))
+    ends: Counter[int] = Counter()
+    frames: Counter[int] = Counter()
+    while len(ends) < len(reads):
+        head, *blocks = socket.recv_multipart()
+        header = msgpack.unpackb(head)
+        frames[header["id"]] += len(blocks)
+        ends[header["id"]] += header.get("last", False)
+        ends = +ends
+    assert set(ends.values()) == {1}
+    assert [frames[read_id] for read_id in reads[:5]] == [len(KEYS) // 32] * 5
+    for read_id in reads:
+        socket.send(msgpack.packb({"type": "cancel_read", "id": read_id}))  # all have ended
+    matched = call(socket, type="match_blocks", id=2, namespace=DIGEST, keys=KEYS)
+    assert matched["blocks"] == 20, "nothing came for them"
+    assert sum(frames.values()) + 20 * host.counter("reads_cancelled") >= 20 * len(reads)

@@ -23,6 +23,7 @@ from vllm_kvpool.protocol import (
     MAX_FRAME_BYTES,
     PROTOCOL_VERSION,
     AnyReply,
+    CancelRead,
     Error,
     Hello,
     MatchBlocks,
@@ -45,8 +46,19 @@ class _Connection:
     socket: zmq.Socket[bytes]
     greeted: bool = False
     hello_due_ms: int = 0
-    outstanding: int = 0
-    queue: deque[bytes] = field(default_factory=deque)
+    unanswered: set[int] = field(default_factory=set)
+    queue: deque[MatchBlocks | ReadBlocks | CancelRead] = field(default_factory=deque)
+
+    def forget_unsent(self, ids: set[int]) -> bool:
+        """Whether some of these requests had not gone out. They do not any more."""
+        unsent = ids & {request.id for request in self.queue}
+        self.queue = deque(request for request in self.queue if request.id not in unsent)
+        self.unanswered -= unsent
+        return bool(unsent)
+
+    def forget_sent(self) -> None:
+        """The other side does not know us any more: it answers nothing of what it was asked."""
+        self.unanswered = {request.id for request in self.queue}
 
 
 class Peer:
@@ -67,9 +79,15 @@ class Peer:
     def ask(self, request: MatchBlocks | ReadBlocks) -> None:
         """Send it as soon as there is a connection, over the one with the least to do."""
         self.used_ms = now_ms()
-        chosen = min(self._connections, key=lambda c: (not c.greeted, c.outstanding))
-        chosen.outstanding += 1
-        chosen.queue.append(protocol.encode(request))
+        chosen = min(self._connections, key=lambda c: (not c.greeted, len(c.unanswered)))
+        chosen.unanswered.add(request.id)
+        chosen.queue.append(request)
+
+    def cancel(self, read_id: int) -> None:
+        """Nobody waits for that read any more: what is left of it, if anything, shall not be sent."""
+        for connection in self._connections:
+            if read_id in connection.unanswered and not connection.forget_unsent({read_id}):
+                connection.queue.append(CancelRead(id=read_id))
 
     def receive(self) -> Iterator[tuple[AnyReply, list[memoryview]]]:
         """What has come, a bounded number of messages. Frames are valid until the next one is
@@ -82,7 +100,7 @@ class Peer:
                     break
                 if not self._is_greeting(connection, message[0]):
                     if _is_end(message[0]):
-                        connection.outstanding = max(0, connection.outstanding - 1)
+                        connection.unanswered.discard(message[0].id)
                     yield message
             self._flush(connection)
 
@@ -101,13 +119,14 @@ class Peer:
         if isinstance(reply, Error) and reply.code in {"hello", "version"}:
             connection.greeted = False
             connection.hello_due_ms = 0
+            connection.forget_sent()
             if reply.code == "version":
                 self.suspect_until_ms = connection.hello_due_ms = now_ms() + SUSPECT_MS
         return False
 
     def _flush(self, connection: _Connection) -> None:
         while connection.greeted and connection.queue:
-            if not _send(connection.socket, connection.queue[0]):
+            if not _send(connection.socket, protocol.encode(connection.queue[0])):
                 return
             connection.queue.popleft()
 
@@ -119,8 +138,7 @@ class Peer:
         """It did not answer in time. What still waits to be sent is worth nothing any more."""
         self.suspect_until_ms = now_ms() + SUSPECT_MS
         for connection in self._connections:
-            connection.queue.clear()
-            connection.outstanding = 0
+            connection.forget_unsent(connection.unanswered)
 
     def close(self) -> None:
         for connection in self._connections:

@@ -22,6 +22,7 @@ from vllm_kvpool.protocol import (
     NO_CLIENT,
     AnyPeerRequest,
     AnyReply,
+    CancelRead,
     Error,
     Hello,
     MatchBlocks,
@@ -121,6 +122,9 @@ class PeerDoor:
         session = self._sessions.get(connection)
         if session is None:
             raise RefusedError("hello", "say hello first (the daemon may have been restarted)")
+        if isinstance(request, CancelRead):
+            self._outbox.cancel(connection, request.id)
+            return None
         now = now_ms()
         if request.deadline_ms and now > request.deadline_ms + session.offset_ms:
             raise RefusedError("deadline", "too late: nothing was done")

@@ -117,7 +117,9 @@ class Transfers:
         if batch.completing:
             return 0
         batch.completing = True
-        self._reads.pop(batch.read_id, None)
+        if self._reads.pop(batch.read_id, None) is not None:
+            assert batch.flight.peer is not None
+            batch.flight.peer.cancel(batch.read_id)
         refs, space = unpack_refs(batch.refs), batch.flight.space
         received = batch.received or [0] * len(refs)
         short = [r for r, got in zip(refs, received, strict=True) if got < space.slot_bytes]
