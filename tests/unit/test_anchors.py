@@ -45,8 +45,12 @@ def test_places() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, MAX_ASKED, MAX_ASKED + 1, 2_048, 10_000])
 def test_a_long_chain_is_asked_for_in_steps(count: int) -> None:
-    found = asked(keys_of("chain", count), 1)
-    assert len(found) <= MAX_ASKED
-    assert [place for place, _ in found[-1:]] == [count - 1][:count]
-    gaps = {b - a for (a, _), (b, _) in itertools.pairwise(found)}
-    assert len(gaps) <= 1
+    places = [place for place, _ in asked(keys_of("chain", count), 1)]
+    assert places == sorted(set(places))
+    assert places[-1:] == [count - 1][:count]
+    assert places[:1] == [0][:count]
+    step = -(-count // MAX_ASKED)
+    even = [place for place in places if (count - 1 - place) % step == 0] if step else []
+    assert len(even) == -(-count // step) if step else not even
+    assert len(places) <= MAX_ASKED + step.bit_length()
+    assert all(b <= 2 * a + 1 or b - a == step for a, b in itertools.pairwise(places))

@@ -13,6 +13,7 @@ import logging
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -71,6 +72,8 @@ class Exchange:
         self._authenticator = self._keys.authenticator(self._context) if self._keys else None
         self._door_socket = self._bind(config.listen) if serves else None
         self._peers: dict[bytes, Peer] = {}
+        self._poller = zmq.Poller()
+        self._polled: list[Any] = []
         self._thread = threading.Thread(target=self._run, name="kvpool-exchange", daemon=True)
 
     def _record(self, config: PoolConfig, pool_id: str) -> HostRecord:
@@ -191,19 +194,24 @@ class Exchange:
         return False
 
     def _wait(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._inbox, zmq.POLLIN)
-        if self.directory is not None:
-            poller.register(self.directory.wake_fd, zmq.POLLIN)
-        if self._door_socket is not None:
-            poller.register(self._door_socket, zmq.POLLIN)
-        for peer in self._peers.values():
-            for socket in peer.sockets:
-                poller.register(socket, zmq.POLLIN)
-        for space in self._spaces.all():
-            poller.register(space.client.channel.socket, zmq.POLLIN)
+        """Nearly every turn waits for the same sockets: a poller is made anew only for others."""
+        watched = self._watched()
+        if watched != self._polled:
+            self._poller, self._polled = zmq.Poller(), watched
+            for one in watched:
+                self._poller.register(one, zmq.POLLIN)
         busy = self._pulls.busy or (self._door is not None and self._door.busy)
-        poller.poll(BUSY_POLL_MS if busy else IDLE_POLL_MS)
+        self._poller.poll(BUSY_POLL_MS if busy else IDLE_POLL_MS)
+
+    def _watched(self) -> list[Any]:
+        watched: list[Any] = [self._inbox]
+        if self.directory is not None:
+            watched.append(self.directory.wake_fd)
+        if self._door_socket is not None:
+            watched.append(self._door_socket)
+        for peer in self._peers.values():
+            watched += peer.sockets
+        return watched + [space.client.channel.socket for space in self._spaces.all()]
 
     def _take_mail(self, now: int) -> bool:
         while self._inbox.poll(0):

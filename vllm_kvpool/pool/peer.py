@@ -70,11 +70,11 @@ class Peer:
         self.bytes_per_s = 0.0
         """As the last transfers went; 0: not known yet."""
         self.used_ms = now_ms()
-        self._connections = [_Connection(_socket(context, host, keys)) for _ in range(CONNECTIONS)]
+        self._connections = [
+            _Connection(_socket(context, host, keys, number)) for number in range(CONNECTIONS)
+        ]
 
-    @property
-    def sockets(self) -> list[zmq.Socket[bytes]]:
-        return [connection.socket for connection in self._connections]
+        self.sockets = [connection.socket for connection in self._connections]
 
     def ask(self, request: MatchBlocks | ReadBlocks) -> None:
         """Send it as soon as there is a connection, over the one with the least to do."""
@@ -82,12 +82,14 @@ class Peer:
         chosen = min(self._connections, key=lambda c: (not c.greeted, len(c.unanswered)))
         chosen.unanswered.add(request.id)
         chosen.queue.append(request)
+        self._flush(chosen)
 
     def cancel(self, read_id: int) -> None:
         """Nobody waits for that read any more: what is left of it, if anything, shall not be sent."""
         for connection in self._connections:
             if read_id in connection.unanswered and not connection.forget_unsent({read_id}):
                 connection.queue.append(CancelRead(id=read_id))
+                self._flush(connection)
 
     def receive(self) -> Iterator[tuple[AnyReply, list[memoryview]]]:
         """What has come, a bounded number of messages. Frames are valid until the next one is
@@ -146,9 +148,11 @@ class Peer:
 
 
 def _socket(
-    context: zmq.Context[zmq.Socket[bytes]], host: HostRecord, keys: HostKeys | None
+    context: zmq.Context[zmq.Socket[bytes]], host: HostRecord, keys: HostKeys | None, number: int
 ) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
+    # A thread of ZeroMQ for each: left to itself it may give all of them to the same one.
+    socket.setsockopt(zmq.AFFINITY, 1 << number % int(context.get(zmq.IO_THREADS)))
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IMMEDIATE, 1)
     socket.setsockopt(zmq.IPV6, 1)
