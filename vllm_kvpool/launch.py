@@ -1,4 +1,5 @@
-"""`"pool": "auto"`: the first engine on the host starts the daemon, and it outlives that engine."""
+"""`"pool": "auto"`, or `"tcp://..."`: the first engine on the host starts the daemon, and it outlives
+that engine."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -24,21 +25,28 @@ _LOOK_S = 0.1
 _LOG_TAIL_BYTES = 2_000
 
 
-def ensure_daemon(name: str, size: Size, shm_dir: str, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Return when a daemon serves the pool; start one if need be. Engines that start at once start
-    one daemon.
+def ensure_daemon(
+    name: str,
+    size: Size,
+    shm_dir: str,
+    options: Sequence[str] = (),
+    timeout_s: float = START_TIMEOUT_S,
+) -> None:
+    """Return when a daemon serves the pool; start one if need be, with further `options` of `serve`.
+    Engines that start at once start one daemon.
 
     PoolUnavailable: none came up in time (the message ends with what it wrote to its log), or the
     folder is not one that we may use, or trust.
     """
     paths = PoolPaths(pool_dir(name, shm_dir))
     try:
-        _ensure(paths, name, size, shm_dir, timeout_s)
+        where = ["--name", name, "--size", str(size), "--shm-dir", str(Path(shm_dir).absolute())]
+        _ensure(paths, [*where, *options], timeout_s)
     except (OSError, subprocess.SubprocessError) as error:
         raise PoolUnavailable(f"cannot start the daemon of {paths.folder}: {error}") from None
 
 
-def _ensure(paths: PoolPaths, name: str, size: Size, shm_dir: str, timeout_s: float) -> None:
+def _ensure(paths: PoolPaths, options: list[str], timeout_s: float) -> None:
     give_up_ms = now_ms() + int(timeout_s * 1_000)
     check_folder(paths.folder)
     if _answers(paths):
@@ -49,7 +57,7 @@ def _ensure(paths: PoolPaths, name: str, size: Size, shm_dir: str, timeout_s: fl
         if is_locked(paths.daemon_lock) or _answers(paths):
             _wait_for_other(paths, give_up_ms)
         else:
-            _start(paths, name, size, shm_dir, give_up_ms)
+            _start(paths, options, give_up_ms)
 
 
 @contextmanager
@@ -83,12 +91,10 @@ def _wait_for_other(paths: PoolPaths, give_up_ms: int) -> None:
         time.sleep(_LOOK_S)
 
 
-def _start(paths: PoolPaths, name: str, size: Size, shm_dir: str, give_up_ms: int) -> None:
+def _start(paths: PoolPaths, options: list[str], give_up_ms: int) -> None:
     with _open_log(paths) as log:
         log_start = log.seek(0, os.SEEK_END)
-        ended = _spawn(
-            ["--name", name, "--size", str(size), "--shm-dir", str(Path(shm_dir).absolute())], log
-        )
+        ended = _spawn(options, log)
         try:
             while not _answers(paths):
                 gone, _, _ = select.select([ended], [], [], _LOOK_S)

@@ -226,7 +226,9 @@ def _checked_config(vllm_config: Any) -> ConnectorConfig:
         )
         raise ConfigError("disable_cascade_attn", False, fix)
     extra = transfer.kv_connector_extra_config
-    return ConnectorConfig.from_dict(dict(extra or {}), "kv_connector_extra_config")
+    config = ConnectorConfig.from_dict(dict(extra or {}), "kv_connector_extra_config")
+    config.check_keys()
+    return config
 
 
 def _option_with(transfer: Any, field: str, value: str) -> str:

@@ -12,11 +12,12 @@ import os
 import time
 from collections.abc import Mapping
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from vllm_kvpool.advice import no_daemon
 from vllm_kvpool.client import PoolClient
-from vllm_kvpool.config import AUTO, ConnectorConfig, pool_dir
+from vllm_kvpool.config import ConnectorConfig, pool_dir
 from vllm_kvpool.connector import compat
 from vllm_kvpool.connector.metadata import PoolAttachment, WorkerLayout
 from vllm_kvpool.connector.namespace import build_namespace, static_fields
@@ -63,14 +64,22 @@ class PoolLink:
         """Turns block hashes into block keys."""
         self._folder = pool_dir(config.pool_name, config.shm_dir)
         assert PoolPaths(self._folder).endpoint  # a path too long is an error now, not at a request
-        if config.pool == AUTO:
+        if config.starts_daemon:
             self._ensure_daemon()
 
     def _ensure_daemon(self) -> None:
+        config = self._config
         try:
-            ensure_daemon(self._config.pool_name, self._config.size, self._config.shm_dir)
+            ensure_daemon(config.pool_name, config.pool_size, config.shm_dir, self._options)
         except PoolUnavailable as error:
             logger.error("KV pool: going on without a daemon until one is started: %s", error)
+
+    @property
+    def _options(self) -> list[str]:
+        """Of the daemon that we start, beside the pool's name and size."""
+        config = self._config
+        upstream = ["--upstream", config.upstream] if config.upstream else []
+        return upstream + (["--keys", str(Path(config.keys).absolute())] if config.keys else [])
 
     @property
     def num_workers(self) -> int:
@@ -164,7 +173,7 @@ class PoolLink:
             return f"{what}: storing nothing until it is back, loads go on"
         if runs:
             return f"{what}: nothing is stored or loaded until it takes this engine; ask `vllm-kvpool doctor`"
-        return no_daemon(name, self._config.shm_dir)
+        return no_daemon(name, self._config.shm_dir, self._options)
 
     def take_skipped(self) -> dict[str, int]:
         """What the client left undone since the last call, by reason."""
