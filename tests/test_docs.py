@@ -18,11 +18,11 @@ from vllm_kvpool import protocol
 from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.config import ConnectorConfig, PoolConfig, RouterConfig
 from vllm_kvpool.connector.hints import Hints
-from vllm_kvpool.pool import outbox, peer_door, requests, service
+from vllm_kvpool.pool import inbox, outbox, peer_door, requests, service, spaces
 from vllm_kvpool.protocol import AnyPeerRequest, AnyReply, AnyRequest, Request
 
 DOCS = Path(__file__).parents[1] / "docs"
-DOORS = (service, peer_door, outbox, requests)
+DOORS = (service, peer_door, outbox, inbox, spaces, requests)
 COMMON = set(Request.__struct_fields__)
 
 
@@ -163,7 +163,8 @@ def reasons_in_code() -> dict[str, set[str]]:
     pulls = "pool/pulls.py"
     pull_calls = ("_fail", "_finish", "_try_next_host")
     pull_ends = [call for name in pull_calls for call in nodes(pulls, ast.Call, name)]
-    pull_ends += nodes("pool/transfer.py", ast.Call, "TransferError")
+    for module in ("pool/transfer.py", "pool/landing.py"):
+        pull_ends += nodes(module, ast.Call, "TransferError")
     elsewhere = {
         "misses": bodies("connector/loads.py", "look_up", "_compared", "_why_not"),
         "load_failed_blocks": words(*statuses.value.values),

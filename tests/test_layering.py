@@ -28,7 +28,14 @@ LAYERS = {
 }
 CORNERS = ("connector", "router", "pool")
 """They never import each other: they meet in `protocol`."""
-ON_THE_WIRE = ("pool.daemon", "pool.exchange", "pool.outbox", "pool.peer", "pool.peer_door")
+ON_THE_WIRE = (
+    "pool.daemon",
+    "pool.exchange",
+    "pool.outbox",
+    "pool.peer",
+    "pool.peer_door",
+    "pool.pushes",
+)
 ONLY_IN = {
     "vllm": ("connector",),
     "torch": ("connector",),

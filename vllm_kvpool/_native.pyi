@@ -126,6 +126,9 @@ class PoolOwner:
     def ready_keys(self, first: int, limit: int) -> tuple[int, bytes, int]:
         """Looks at no more than `limit` slots from number `first` on: the namespace that has them (-1: none), the
         keys of the READY blocks among them, and the slot to go on with (`num_slots` at the end)."""
+    def path_to(self, key: bytes) -> bytes:
+        """Keys of the chain that ends with `key`, head first; b"" when it is not READY up to there, or has lost its
+        head."""
     def beat(self, now_ms: int, pid: int) -> None:
         """Write the heartbeat that `ls` and `doctor` display."""
     def stats(self) -> dict[str, int]:

@@ -31,6 +31,7 @@ SERVE_HELP = {
     "keys": "folder of CURVE keys: our own, and those of hosts that may connect (keygen)",
     "insecure": "let other hosts connect without keys",
     "directory": "URL of a Redis or Valkey, as in redis://10.0.0.9:6379",
+    "upstream": "tcp://host:port of the pool that this one stands in front of",
     "shm_dir": "the shared-memory mount",
     "hugepages": "back the pool with transparent huge pages",
     "numa": "NUMA nodes, as in 0 (bind) or 0,1 (interleave)",

@@ -8,6 +8,7 @@ or underscores); `RouterConfig` is the same for `vllm-kvpool route`; `ConnectorC
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import json
 import re
@@ -20,10 +21,13 @@ from vllm_kvpool.errors import ConfigError
 
 DEFAULT_POOL = "default"
 SHM_DIR = "/dev/shm"
+HALF, RING_SIZE = "50%", "2GiB"
 POOL_PREFIX = "vllm-kvpool-"
 """Of the name of a pool's folder."""
 AUTO = "auto"
 """What engines write for the pool `DEFAULT_POOL` with a daemon that they start: no pool's name."""
+REMOTE = "tcp://"
+"""What begins the address of another host's pool, where engines may write a pool's name."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TCP = re.compile(r"tcp://(\*|\[[0-9a-fA-F:.%\w]+\]|[^\[\]:/*\s]+):(\d{1,5})")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB|TiB|KB|MB|GB|TB|%)?")
@@ -95,6 +99,14 @@ def _tcp_host(field: str, endpoint: str) -> str:
     return match[1].strip("[]")
 
 
+def _check_remote(field: str, address: str) -> None:
+    """ConfigError: nothing can be connected to."""
+    match = _TCP.fullmatch(address)
+    if match is None or match[1] == "*" or not 0 < int(match[2]) < 65_536:
+        fix = "give tcp://host:port (an IPv6 address in brackets): where that pool's daemon listens"
+        raise ConfigError(field, address, fix)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -138,6 +150,8 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
     """Let other hosts connect without keys, to any address."""
     directory: str = ""
     """URL of the Redis or Valkey in which hosts find each other's blocks."""
+    upstream: str = ""
+    """`tcp://host:port` of the pool that this one stands in front of."""
     shm_dir: str = SHM_DIR
     """The shared-memory mount."""
     hugepages: bool = False
@@ -161,10 +175,15 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
             raise ConfigError("advertise", self.advertise, "name the address that other hosts use")
         if self.listen and not self.listen.startswith("ipc://"):
             _tcp_host("listen", self.listen)
+        if self.upstream:
+            _check_remote("upstream", self.upstream)
 
     def check_access(self) -> None:
         """ConfigError: other hosts could not find this one, or anybody could read from it. Looks at
         several fields, so it is for a whole configuration only."""
+        if self.upstream and self.directory:
+            fix = "a pool asks its upstream or a directory of many hosts: leave one of them out"
+            raise ConfigError("upstream", self.upstream, fix)
         if not self.listen.startswith("tcp://"):
             return
         host = _tcp_host("listen", self.listen)
@@ -181,18 +200,21 @@ class PoolConfig(_Config, frozen=True, kw_only=True):
     @property
     def has_exchange(self) -> bool:
         """Whether the daemon talks to other hosts."""
-        return bool(self.directory) or self.listen.startswith("tcp://")
+        return bool(self.directory or self.upstream) or self.listen.startswith("tcp://")
 
 
 class ConnectorConfig(_Config, frozen=True, kw_only=True):
     """`kv_connector_extra_config` of one engine."""
 
     pool: str = AUTO
-    """Name of the pool to use; "auto" uses pool "default" and starts its daemon when none runs."""
-    size: Size = "50%"
-    """Size of the pool when "auto" has to make it."""
+    """Name of the pool to use; "auto" uses pool "default" and starts its daemon when none runs;
+    `tcp://host:port` uses that host's, through a small pool in front of it that is started so."""
+    size: Size = ""
+    """Of the pool that is started; empty: half of the mount with "auto", 2 GiB before a remote one."""
     shm_dir: str = SHM_DIR
     """The shared-memory mount of the pool."""
+    keys: str = ""
+    """Folder of CURVE keys for a remote pool: our own, and the pool's as `upstream.key`."""
     min_load_tokens: int = 256
     """Compute prefixes again when fewer tokens than this would be loaded."""
     min_store_tokens: int = 0
@@ -214,8 +236,10 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
     before (new weights, same path)."""
 
     def __post_init__(self) -> None:
+        if ":" in self.pool:
+            _check_remote("pool", self.pool)
         check_pool_name("pool", self.pool_name)
-        parse_size("size", self.size, 1 << 40)
+        parse_size("size", self.pool_size, 1 << 40)
         for field in ("min_load_tokens", "min_store_tokens", "min_remote_tokens"):
             if getattr(self, field) < 0:
                 raise ConfigError(field, getattr(self, field), "give 0 or more tokens")
@@ -229,9 +253,40 @@ class ConnectorConfig(_Config, frozen=True, kw_only=True):
                 "prefill_tokens_per_s", self.prefill_tokens_per_s, "give a rate above 0"
             )
 
+    def check_keys(self) -> None:
+        """ConfigError: keys for nothing. Looks at several fields, so it is for a whole configuration
+        only."""
+        if self.keys and not self.upstream:
+            fix = 'they are for a pool of another host, "pool": "tcp://host:port": leave them out'
+            raise ConfigError("keys", self.keys, fix)
+
+    @property
+    def upstream(self) -> str:
+        """Address of the remote pool; empty: the pool is this host's."""
+        return self.pool if self.pool.startswith(REMOTE) else ""
+
+    @property
+    def starts_daemon(self) -> bool:
+        return self.pool == AUTO or bool(self.upstream)
+
     @property
     def pool_name(self) -> str:
+        """Of the pool on this host."""
+        if self.upstream:
+            return _name_before(self.upstream)
         return DEFAULT_POOL if self.pool == AUTO else self.pool
+
+    @property
+    def pool_size(self) -> Size:
+        return self.size or (RING_SIZE if self.upstream else HALF)
+
+
+def _name_before(address: str) -> str:
+    """Of the pool in front of the one at `address`: equal for all engines of a host that use it."""
+    name = "to-" + re.sub(r"[^A-Za-z0-9._]", "-", address.removeprefix(REMOTE))
+    if len(name) <= 48:  # the path of the daemon's socket has an end
+        return name
+    return f"{name[:39]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
 
 
 class RouterConfig(_Config, frozen=True, kw_only=True):

@@ -55,6 +55,14 @@ class HostKeys:
         self._read_allowed()
         return public_key in self._allowed
 
+    def named(self, name: str) -> bytes:
+        """The public key in `<name>.key`, in Z85. ConfigError: there is none."""
+        key = _public(self._folder / f"{name}.key")
+        if key is None:
+            fix = f"copy the other side's public key to {name}.key there"
+            raise ConfigError("keys", str(self._folder), fix)
+        return key
+
     def _read_allowed(self) -> None:
         now_s = time.monotonic()
         if now_s < self._read_at_s + _READ_AGAIN_S:

@@ -8,7 +8,7 @@ else before it gets `Error(code="hello")`, as does everything after a restart of
 `docs/protocol.md` describes each message for other languages.
 
 Two doors: engines of the host say what `AnyRequest` lists, other hosts say what `AnyPeerRequest`
-lists. Only `Blocks` has frames behind it: the bytes themselves.
+lists. Only `Blocks` has frames behind it: the bytes themselves, in either direction.
 """
 
 from __future__ import annotations
@@ -161,6 +161,16 @@ class CancelRead(Request, tag="cancel_read", frozen=True, kw_only=True):
     reply of its own."""
 
 
+class WriteBlocks(Request, tag="write_blocks", frozen=True, kw_only=True):
+    """Store these blocks of a chain, of at most 16 MiB: `Wanted` says which to send, as `Blocks` with
+    the same id; `Written` is the end of it."""
+
+    namespace: Namespace
+    keys: bytes
+    parent: bytes = b""
+    """Key of the block before the first; empty at the start of a chain."""
+
+
 # replies ------------------------------------------------------------------------------------------
 
 
@@ -171,7 +181,9 @@ class Welcome(Message, tag="welcome", frozen=True, kw_only=True):
     client: int = NO_CLIENT
     """Index of the client's lease bitmap; NO_CLIENT for an admin client."""
     pulls: bool = False
-    """Whether `Pull` can find anything: there is a directory of other hosts."""
+    """Whether `Pull` can find anything: there is a directory of other hosts, or an upstream."""
+    writes: bool = False
+    """To other hosts: whether `WriteBlocks` is known here."""
 
 
 class Prepared(Message, tag="prepared", frozen=True, kw_only=True):
@@ -212,6 +224,22 @@ class Blocks(Message, tag="blocks", frozen=True, kw_only=True):
     """Nothing follows: what has not come is not there."""
 
 
+class Wanted(Message, tag="wanted", frozen=True, kw_only=True):
+    """There are slots for these blocks of a `WriteBlocks`: send them."""
+
+    places: bytes
+    """One byte a key: 1 = send it."""
+
+
+class Written(Message, tag="written", frozen=True, kw_only=True):
+    """The end of a `WriteBlocks`."""
+
+    blocks: int = 0
+    """How many became READY. Those that were there before do not count."""
+    reason: str = ""
+    """Why not all: no_room, no_parent, checksum, malformed, deadline."""
+
+
 class Cleared(Message, tag="cleared", frozen=True, kw_only=True):
     blocks: int
 
@@ -243,8 +271,20 @@ AnyRequest = (
     | Clear
     | Stats
 )
-AnyPeerRequest = Hello | MatchBlocks | ReadBlocks | CancelRead
-AnyReply = Welcome | Prepared | Completed | Pulled | Cleared | StatsReply | Matched | Blocks | Error
+AnyReply = (
+    Welcome
+    | Prepared
+    | Completed
+    | Pulled
+    | Cleared
+    | StatsReply
+    | Matched
+    | Blocks
+    | Wanted
+    | Written
+    | Error
+)
+AnyPeerRequest = Hello | MatchBlocks | ReadBlocks | CancelRead | WriteBlocks | Blocks
 
 encode = msgspec.msgpack.Encoder().encode
 

@@ -333,6 +333,13 @@ void bind_owner(nb::module_& m) {
             },
             "first"_a, "limit"_a)
         .def(
+            "path_to",
+            [](PoolOwner& o, nb::bytes key) {
+                if (key.size() != kKeyBytes) throw std::invalid_argument("key: give 32 bytes");
+                return pack_keys(o.path_to(BlockKey::from_bytes(key.data())));
+            },
+            "key"_a)
+        .def(
             "beat",
             [](PoolOwner& o, uint64_t now_ms, int64_t pid) {
                 o.file().header().heartbeat_ms.store(now_ms);

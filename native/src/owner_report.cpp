@@ -4,6 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 
 #include "kvpool/owner.h"
@@ -17,6 +18,19 @@ NamespaceCounts PoolOwner::counts(uint32_t name_space) const {
     counts.slots = slabs_.num_slots(name_space);
     counts.free = counts.slots - slabs_.used_slots(name_space);
     return counts;
+}
+
+std::vector<BlockKey> PoolOwner::path_to(const BlockKey& key) const {
+    std::vector<BlockKey> path;
+    uint32_t head = kNoSlot;
+    for (uint32_t slot = index_.find(key); slot != kNoSlot; slot = chains_.parent(slot)) {
+        if (state(slot) != SlotState::kReady) return {};
+        path.push_back(header(slot).load_key());
+        head = slot;
+    }
+    if (head == kNoSlot || header(head).parent_tag.load() != 0) return {};
+    std::reverse(path.begin(), path.end());
+    return path;
 }
 
 PoolOwner::ReadyKeys PoolOwner::ready_keys(uint32_t from, uint32_t limit) const {

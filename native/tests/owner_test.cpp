@@ -332,6 +332,20 @@ TEST(policies_are_checked_by_name) {
 }
 
 // A walk over all slots in slices finds each READY block once, whatever the slices' size.
+TEST(path_to_a_block_begins_at_the_head_of_its_chain) {
+    Pool pool(2);
+    uint32_t client = pool.add_client();
+    std::vector<BlockKey> keys = keys_of(1, 6);
+    CHECK_EQ(store_in_pieces(pool, client, keys, 2), 6u);
+    for (size_t end = 1; end <= keys.size(); ++end) {
+        std::vector<BlockKey> path(keys.begin(), keys.begin() + static_cast<long>(end));
+        CHECK(pool.owner->path_to(keys[end - 1]) == path);
+    }
+    CHECK(pool.owner->path_to(key_of(77)).empty());
+    pool.owner->drop({pool.match(keys)[0]});
+    CHECK(pool.owner->path_to(keys[5]).empty());
+}
+
 TEST(ready_keys_in_slices) {
     Pool pool(3);
     uint32_t engine = pool.add_client();

@@ -30,6 +30,13 @@ class FaultProxy:
         """From the server: nothing passes behind so many bytes."""
         self.passed = 0
         """Bytes from the server."""
+        self.hold_after: int | None = None
+        """To the server: nothing passes behind so many bytes."""
+        self.spoil_after: int | None = None
+        """To the server: one bit flips once so many bytes have passed."""
+        self.taken = 0
+        """Bytes to the server."""
+        self.connections = 0
         self._open: list[socket.socket] = []
         self._closing = False
         self._threads: list[threading.Thread] = []
@@ -59,6 +66,7 @@ class FaultProxy:
             far.close()
             return
         self._open += [near, far]
+        self.connections += 1
         for source, sink, answers in ((near, far, False), (far, near, True)):
             self._start(self._pump, source, sink, answers)
 
@@ -69,6 +77,9 @@ class FaultProxy:
                     data = self._spoiled(data)
                     time.sleep(self.delay_s)
                     self.passed += len(data)
+                else:
+                    data = self._spoiled_upwards(data)
+                    self.taken += len(data)
                 while self._holds(answers) and not self._closing:
                     time.sleep(0.01)
                 sink.sendall(data)
@@ -78,13 +89,21 @@ class FaultProxy:
 
     def _holds(self, answers: bool) -> bool:
         stalled = answers and self.stall_after is not None and self.passed > self.stall_after
-        return self.dropping or stalled
+        held = not answers and self.hold_after is not None and self.taken > self.hold_after
+        return self.dropping or stalled or held
 
     def _spoiled(self, data: bytes) -> bytes:
         if self.corrupt_after is None or self.passed + len(data) <= self.corrupt_after:
             return data
         place = max(0, self.corrupt_after - self.passed)
         self.corrupt_after = None
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+    def _spoiled_upwards(self, data: bytes) -> bytes:
+        if self.spoil_after is None or self.taken + len(data) <= self.spoil_after:
+            return data
+        place = max(0, self.spoil_after - self.taken)
+        self.spoil_after = None
         return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
     def close(self) -> None:

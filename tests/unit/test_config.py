@@ -89,3 +89,39 @@ def test_auto_is_the_default_pool() -> None:
     assert ConnectorConfig().pool_name == "default"
     assert ConnectorConfig(pool="auto").pool_name == "default"
     assert ConnectorConfig(pool="main").pool_name == "main"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "tcp://", "tcp://host", "tcp://host:", "tcp://host:0", "tcp://host:65536", "tcp://*:7707",
+        "tcp:/host:7707", "tcp//host:7707", "host:7707", "http://host:7707", "tcp://ho st:7707",
+        "tcp://::1:7707", "tcp://host:7707/", "tcp://host:port",
+    ],
+)  # fmt: skip
+def test_wrong_remote_pool(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^pool = .*give tcp://host:port"):
+        ConnectorConfig(pool=address)
+
+
+def test_a_remote_pool_has_a_small_one_in_front() -> None:
+    config = ConnectorConfig(pool="tcp://10.0.0.1:7707")
+    assert (config.upstream, config.pool_name) == ("tcp://10.0.0.1:7707", "to-10.0.0.1-7707")
+    assert (config.pool_size, config.starts_daemon) == ("2GiB", True)
+    assert ConnectorConfig(pool="tcp://h:1", size="8GiB").pool_size == "8GiB"
+    here = ConnectorConfig(pool="main")
+    assert (here.upstream, here.pool_size, here.starts_daemon) == ("", "50%", False)
+
+
+def test_other_addresses_are_other_pools() -> None:
+    addresses = ["tcp://[::1]:77", "tcp://[1::]:77", "tcp://a:77", f"tcp://{'a' * 60}:1"]
+    addresses.append(f"tcp://{'a' * 60}:2")
+    names = [ConnectorConfig(pool=address).pool_name for address in addresses]
+    assert len(set(names)) == len(addresses)
+    assert all(pool_dir(name).name for name in names)
+
+
+def test_keys_are_for_a_remote_pool() -> None:
+    ConnectorConfig(pool="tcp://h:1", keys="/keys").check_keys()
+    with pytest.raises(ConfigError, match="another host"):
+        ConnectorConfig(pool="main", keys="/keys").check_keys()

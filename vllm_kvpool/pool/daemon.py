@@ -48,7 +48,7 @@ class Daemon:
         self._exchange = exchange
         directory = exchange.directory if exchange is not None else None
         self._announcer = Announcer(owner, directory) if directory is not None else None
-        self._sources = Sources(owner, directory)
+        self._sources = Sources(owner, exchange.finder if exchange is not None else None)
         self._stopping = False
         self._next_reap_ms = 0
         self._next_beat_ms = 0

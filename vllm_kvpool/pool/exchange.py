@@ -12,6 +12,8 @@ import itertools
 import logging
 import threading
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from vllm_kvpool.curve import HostKeys
 from vllm_kvpool.errors import ConfigError
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.directory import Directory, HostRecord
+from vllm_kvpool.pool.finder import Finder
 from vllm_kvpool.pool.flight import Asker
 from vllm_kvpool.pool.peer import (
     HEARTBEAT_MS,
@@ -34,14 +37,16 @@ from vllm_kvpool.pool.peer import (
 )
 from vllm_kvpool.pool.peer_door import PeerDoor
 from vllm_kvpool.pool.pulls import Pulls
+from vllm_kvpool.pool.pushes import Pushes
 from vllm_kvpool.pool.spaces import Spaces
+from vllm_kvpool.pool.upstream import Upstream
 from vllm_kvpool.protocol import MAX_MESSAGE_BYTES, CancelPull, Pull, Pulled
-from vllm_kvpool.types import BlockKeys
+from vllm_kvpool.types import BlockKeys, num_keys
 
 logger = logging.getLogger(__name__)
 
 IO_THREADS = 4
-IDLE_POLL_MS, BUSY_POLL_MS = 100, 1
+IDLE_POLL_MS, WAITING_POLL_MS, BUSY_POLL_MS = 100, 10, 1
 PEER_IDLE_MS = 120_000
 MAX_SOCKETS = 16_384
 """ZeroMQ's own limit is 1,023, and 255 peers have so many connections."""
@@ -52,20 +57,26 @@ _MAILBOXES = itertools.count()
 class Exchange:
     """ConfigError: the endpoint cannot be bound, or the keys or the directory's URL are unusable."""
 
-    def __init__(self, paths: PoolPaths, config: PoolConfig, pool_id: str) -> None:
+    def __init__(
+        self, paths: PoolPaths, config: PoolConfig, pool_id: str, path_to: Callable[[bytes], bytes]
+    ) -> None:
+        """`path_to`: see `PoolOwner`; called by the daemon's loop."""
         config.check_access()
         self.counters: Counter[str] = Counter()
         self._directory_counters: Counter[str] = Counter()
         self._keys = HostKeys(Path(config.keys)) if config.keys else None
         serves = config.listen.startswith("tcp://")
         self.directory: Directory | None = None
+        self._upstream = Upstream(config.upstream, self._keys) if config.upstream else None
         if config.directory:
             me = self._record(config, pool_id) if serves else None
             self.directory = Directory(
                 config.directory, config.name, pool_id, me, self._directory_counters
             )
-        self._paths = paths
+        self.finder: Finder | None = self.directory or self._upstream
+        self._spaces = Spaces(paths)
         self._pool_id = pool_id
+        self._path_to = path_to
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self.mailbox, self._inbox = self._mailboxes()
@@ -111,15 +122,15 @@ class Exchange:
     # the daemon's loop ----------------------------------------------------------------------------
 
     def start(self) -> None:
-        if self.directory is not None:
-            self.directory.start()
+        if self.finder is not None:
+            self.finder.start()
         self._thread.start()
 
     def stop(self) -> None:
         self.mailbox.send_multipart([b""])
         self._thread.join(STOP_TIMEOUT_S)
-        if self.directory is not None:
-            self.directory.stop()
+        if self.finder is not None:
+            self.finder.stop()
         self._close_sockets()
 
     def _close_sockets(self) -> None:
@@ -138,13 +149,41 @@ class Exchange:
             return False
         return True
 
+    @property
+    def pulls(self) -> bool:
+        """Whether there is anybody to ask for blocks."""
+        return self.finder is not None
+
+    def stored(self, client_id: str, digest: bytes, parent: bytes, keys: bytes) -> None:
+        """A client got slots for a chain: the upstream shall have it, too, unless it comes from there."""
+        if self._upstream is None or self._spaces.owns(client_id):
+            return
+        self._submit_chain(digest, parent, keys)
+
+    def _submit_chain(self, digest: bytes, parent: bytes, keys: bytes) -> None:
+        try:
+            self.mailbox.send_multipart([digest, parent, keys], zmq.NOBLOCK)
+        except zmq.Again:
+            self.counters["push_busy"] += num_keys(keys)
+
     def take_replies(self) -> list[tuple[bytes, Pulled]]:
         """(connection, answer)."""
         replies = []
         while self.mailbox.poll(0):
-            connection, payload = self.mailbox.recv_multipart()
-            replies.append((connection, msgspec.msgpack.decode(payload, type=Pulled)))
+            connection, *rest = self.mailbox.recv_multipart()
+            if len(rest) == 1:
+                replies.append((connection, msgspec.msgpack.decode(rest[0], type=Pulled)))
+            else:
+                self._push_whole(*rest)
         return replies
+
+    def _push_whole(self, digest: bytes, key: bytes) -> None:
+        """The upstream has lost what comes before that block: offer it all, from the head on."""
+        keys = self._path_to(key)
+        if keys:
+            self._submit_chain(digest, b"", keys)
+        else:
+            self.counters["push_no_parent"] += 1
 
     def stats(self) -> dict[str, int]:
         return dict(self.counters) | dict(self._directory_counters)
@@ -152,9 +191,19 @@ class Exchange:
     # the thread -----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        self._spaces = Spaces(self._paths)
         counters = self.counters
-        self._pulls = Pulls(self._spaces, self.directory, self._peer_of, self._answer, counters)
+        self._pulls = Pulls(self._spaces, self.finder, self._peer_of, self._answer, counters)
+        upstream = self._upstream
+        self._pushes = (
+            Pushes(
+                self._spaces,
+                partial(self._connect_for_pushes, upstream.host),
+                self._ask_for_whole,
+                counters,
+            )
+            if upstream is not None
+            else None
+        )
         self._door = (
             PeerDoor(self._door_socket, self._spaces, self._pool_id, counters)
             if self._door_socket is not None
@@ -168,6 +217,8 @@ class Exchange:
                 # The pool of this host goes on whatever happens here.
                 logger.exception("the exchange with other hosts failed")
                 counters["exchange_errors"] += 1
+        if self._pushes is not None:
+            self._pushes.close()
         self._spaces.close()
 
     def _turn(self) -> bool:
@@ -176,16 +227,19 @@ class Exchange:
         now = now_ms()
         if self._inbox.poll(0) and self._take_mail(now):
             return True
-        if self.directory is not None:
-            for answer in self.directory.take_answers():
+        if self.finder is not None:
+            for answer in self.finder.take_answers():
                 self._pulls.take_answer(answer, now)
         for peer in list(self._peers.values()):
             for reply, frames in peer.receive():
                 self._pulls.take_reply(peer, reply, frames, now_ms())
         for space in self._spaces.all():
             for grant in space.client.poll():
-                self._pulls.take_grant(space, grant, now_ms())
+                if self._door is None or not self._door.inbox.take_grant(space, grant):
+                    self._pulls.take_grant(space, grant, now_ms())
         self._pulls.tick(now_ms())
+        if self._pushes is not None:
+            self._pushes.turn(now_ms())
         if self._door is not None:
             self._door.serve_burst()
             self._door.pump()
@@ -200,24 +254,39 @@ class Exchange:
             self._poller, self._polled = zmq.Poller(), watched
             for one in watched:
                 self._poller.register(one, zmq.POLLIN)
-        busy = self._pulls.busy or (self._door is not None and self._door.busy)
-        self._poller.poll(BUSY_POLL_MS if busy else IDLE_POLL_MS)
+        self._poller.poll(self._wait_ms)
 
     def _watched(self) -> list[Any]:
         watched: list[Any] = [self._inbox]
-        if self.directory is not None:
-            watched.append(self.directory.wake_fd)
+        if self.finder is not None:
+            watched.append(self.finder.wake_fd)
         if self._door_socket is not None:
             watched.append(self._door_socket)
+        if self._pushes is not None:
+            watched += self._pushes.sockets
         for peer in self._peers.values():
             watched += peer.sockets
         return watched + [space.client.channel.socket for space in self._spaces.all()]
+
+    @property
+    def _wait_ms(self) -> int:
+        if self._pulls.busy or (self._door is not None and self._door.busy):
+            return BUSY_POLL_MS
+        if self._pushes is not None and self._pushes.busy:
+            return BUSY_POLL_MS
+        waiting = self._pushes is not None and self._pushes.waiting
+        return WAITING_POLL_MS if waiting else IDLE_POLL_MS
 
     def _take_mail(self, now: int) -> bool:
         while self._inbox.poll(0):
             message = self._inbox.recv_multipart()
             if len(message) == 1:
                 return True
+            if len(message) == 3:
+                digest, parent, chain = message
+                assert self._pushes is not None
+                self._pushes.add(digest, parent, BlockKeys(chain), now)
+                continue
             connection, digest, due_ms, payload = message
             request = protocol.decode_request(payload)
             if isinstance(request, Pull):
@@ -228,6 +297,12 @@ class Exchange:
                 self._pulls.cancel(connection, request.id, now)
         return False
 
+    def _ask_for_whole(self, digest: bytes, key: bytes) -> None:
+        try:
+            self._inbox.send_multipart([b"", digest, key], zmq.NOBLOCK)
+        except zmq.Again:
+            self.counters["push_busy"] += 1
+
     def _answer(self, connection: bytes, pulled: Pulled) -> None:
         try:
             self._inbox.send_multipart([connection, protocol.encode(pulled)], zmq.NOBLOCK)
@@ -236,27 +311,41 @@ class Exchange:
 
     def _peer_of(self, host: HostRecord) -> Peer | None:
         """None: it speaks another language, we may not trust it, or it did not answer just now."""
-        if not host.is_ours or bool(host.public_key) != (self._keys is not None):
-            self.counters["peers_other_version_or_security"] += 1
-            return None
-        if self._keys is not None and not self._keys.allows(host.public_key):
-            self.counters["peers_unknown_key"] += 1
+        if not self._trusts(host):
             return None
         peer = self._peers.get(host.id)
         if peer is not None and peer.host != host:
             peer.close()
             del self._peers[host.id]
             peer = None
+        peer = peer or self._connect(host)
         if peer is None:
-            try:
-                peer = self._peers[host.id] = Peer(self._context, host, self._keys)
-            except zmq.ZMQError:
-                self.counters["peers_bad_address"] += 1
-                return None
+            return None
+        self._peers[host.id] = peer
         return peer if now_ms() >= peer.suspect_until_ms else None
+
+    def _trusts(self, host: HostRecord) -> bool:
+        if not host.is_ours or bool(host.public_key) != (self._keys is not None):
+            self.counters["peers_other_version_or_security"] += 1
+            return False
+        if self._keys is not None and not self._keys.allows(host.public_key):
+            self.counters["peers_unknown_key"] += 1
+            return False
+        return True
+
+    def _connect(self, host: HostRecord) -> Peer | None:
+        """None: its address is none."""
+        try:
+            return Peer(self._context, host, self._keys)
+        except zmq.ZMQError:
+            self.counters["peers_bad_address"] += 1
+            return None
+
+    def _connect_for_pushes(self, host: HostRecord) -> Peer | None:
+        return self._connect(host) if self._trusts(host) else None
 
     def _close_idle_peers(self, now: int) -> None:
         for host, peer in list(self._peers.items()):
-            if now - peer.used_ms > PEER_IDLE_MS:
+            if now - peer.used_ms > PEER_IDLE_MS or peer.refused(now):
                 peer.close()
                 del self._peers[host]

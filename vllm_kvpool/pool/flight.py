@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from vllm_kvpool.pool.directory import HostRecord
+from vllm_kvpool.pool.landing import Landing
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.pool.spaces import Space
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs
@@ -48,8 +49,7 @@ class Batch:
     keys: BlockKeys
     refs: SlotRefs = NO_REFS
     """Granted slots."""
-    received: list[int] = field(default_factory=list)
-    """Good bytes of each of them."""
+    landing: Landing | None = None
     read_id: int = 0
     completing: bool = False
 

@@ -79,7 +79,11 @@ class _Line:
 
 
 class Outbox:
+    """Of a ROUTER socket; or of a DEALER, whose only connection has no name (b"")."""
+
     def __init__(self, socket: zmq.Socket[bytes], counters: Counter[str]) -> None:
+        self.released = 0
+        """Messages that ZeroMQ has let go of: whether the other side takes any."""
         self._socket = socket
         self._counters = counters
         self._lines: dict[bytes, _Line] = {}
@@ -155,18 +159,20 @@ class Outbox:
     ) -> zmq.MessageTracker | None:
         """Tells when ZeroMQ has let go of the last frame, and so of all before it. None: its queue
         for this peer is full."""
-        parts: list[bytes | memoryview] = [connection, protocol.encode(blocks), *frames]
+        head = [connection, protocol.encode(blocks)] if connection else [protocol.encode(blocks)]
+        parts: list[bytes | memoryview] = [*head, *frames]
         tracker: zmq.MessageTracker | None = None
         for i, part in enumerate(parts):
             more = SNDMORE if i + 1 < len(parts) else 0
-            zero_copy = i >= 2
+            zero_copy = i >= len(head)
             try:
                 tracker = self._socket.send(
                     part, NOBLOCK | more, copy=not zero_copy, track=zero_copy
                 )
             except zmq.Again:
-                assert i == 0, "ZeroMQ takes a message as a whole or not at all"
-                return None
+                if i == 0:
+                    return None
+                break  # the connection has gone in mid-message, and the message with it
         return tracker or zmq.MessageTracker()
 
     def _settle(self, line: _Line) -> None:
@@ -174,11 +180,17 @@ class Outbox:
             read = line.reads[0]
             while read.in_flight and read.in_flight[0][0].done:
                 line.in_flight_bytes -= read.in_flight.popleft()[1]
+                self.released += 1
             if read.in_flight or not read.done:
                 return
             if read.refs:
                 read.space.client.release(read.refs)
             line.reads.popleft()
+
+    def drop(self, connection: bytes) -> None:
+        """It is given up: what waits is not sent, what ZeroMQ still holds ends when it does."""
+        if connection in self._lines:
+            self._drop(self._lines[connection])
 
     def _drop(self, line: _Line) -> None:
         line.waiting.clear()

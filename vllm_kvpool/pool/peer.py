@@ -29,6 +29,7 @@ from vllm_kvpool.protocol import (
     MatchBlocks,
     ReadBlocks,
     Welcome,
+    WriteBlocks,
 )
 
 CONNECTIONS = 4
@@ -37,6 +38,7 @@ QUEUE_MESSAGES = 16
 HELLO_RETRY_MS = 1_000
 SUSPECT_MS = 5_000
 """A host that did not answer is not asked again so soon."""
+GREETING_MS = 10_000
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 2_000, 10_000
 MAX_WIRE_BYTES = 2 * MAX_FRAME_BYTES
 
@@ -47,7 +49,7 @@ class _Connection:
     greeted: bool = False
     hello_due_ms: int = 0
     unanswered: set[int] = field(default_factory=set)
-    queue: deque[MatchBlocks | ReadBlocks | CancelRead] = field(default_factory=deque)
+    queue: deque[MatchBlocks | ReadBlocks | WriteBlocks | CancelRead] = field(default_factory=deque)
 
     def forget_unsent(self, ids: set[int]) -> bool:
         """Whether some of these requests had not gone out. They do not any more."""
@@ -69,20 +71,32 @@ class Peer:
         self.suspect_until_ms = 0
         self.bytes_per_s = 0.0
         """As the last transfers went; 0: not known yet."""
-        self.used_ms = now_ms()
+        self.takes_writes = False
+        self.used_ms = self._made_ms = now_ms()
         self._connections = [
             _Connection(_socket(context, host, keys, number)) for number in range(CONNECTIONS)
         ]
 
         self.sockets = [connection.socket for connection in self._connections]
 
-    def ask(self, request: MatchBlocks | ReadBlocks) -> None:
-        """Send it as soon as there is a connection, over the one with the least to do."""
+    @property
+    def greeted(self) -> bool:
+        """Whether it has answered, over one connection at least."""
+        return any(connection.greeted for connection in self._connections)
+
+    def refused(self, now: int) -> bool:
+        """Whether it has never answered, for long: ZeroMQ does not connect again to a host that did not
+        know our key. It may know it by now: make another."""
+        return not self.greeted and now - self._made_ms > GREETING_MS
+
+    def ask(self, request: MatchBlocks | ReadBlocks | WriteBlocks) -> zmq.Socket[bytes]:
+        """Send it as soon as there is a connection, over the one with the least to do: its socket."""
         self.used_ms = now_ms()
         chosen = min(self._connections, key=lambda c: (not c.greeted, len(c.unanswered)))
         chosen.unanswered.add(request.id)
         chosen.queue.append(request)
         self._flush(chosen)
+        return chosen.socket
 
     def cancel(self, read_id: int) -> None:
         """Nobody waits for that read any more: what is left of it, if anything, shall not be sent."""
@@ -117,6 +131,7 @@ class Peer:
     def _is_greeting(self, connection: _Connection, reply: AnyReply) -> bool:
         if isinstance(reply, Welcome):
             connection.greeted = True
+            self.takes_writes = reply.writes
             return True
         if isinstance(reply, Error) and reply.code in {"hello", "version"}:
             connection.greeted = False
@@ -196,4 +211,7 @@ def _take(socket: zmq.Socket[bytes]) -> tuple[AnyReply, list[memoryview]] | None
 
 
 def _is_end(reply: AnyReply) -> bool:
-    return not isinstance(reply, protocol.Blocks) or reply.last
+    """Whether it is the last of its request."""
+    if isinstance(reply, protocol.Blocks):
+        return reply.last
+    return not isinstance(reply, protocol.Wanted)

@@ -1,4 +1,5 @@
-"""The door for other hosts: what they may ask, and what they hear. Reads shared memory only.
+"""The door for other hosts: what they may ask, and what they hear. Reads shared memory, and stores as
+an engine does.
 
 Who comes through was let in by the CURVE keys, if there are any; a first message, `hello`, settles
 the version. Nothing that comes in stops the daemon: see `PoolService.handle`.
@@ -8,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 
 import msgspec
 import zmq
 
 from vllm_kvpool import protocol
 from vllm_kvpool.clock import now_ms
+from vllm_kvpool.pool.inbox import Inbox
 from vllm_kvpool.pool.outbox import Outbox
 from vllm_kvpool.pool.requests import RefusedError, check_version, checked_keys, decode, id_of
 from vllm_kvpool.pool.sessions import Session, Sessions
@@ -22,6 +25,7 @@ from vllm_kvpool.protocol import (
     NO_CLIENT,
     AnyPeerRequest,
     AnyReply,
+    Blocks,
     CancelRead,
     Error,
     Hello,
@@ -29,6 +33,7 @@ from vllm_kvpool.protocol import (
     Matched,
     ReadBlocks,
     Welcome,
+    WriteBlocks,
 )
 from vllm_kvpool.types import KEY_BYTES, num_refs
 
@@ -55,16 +60,18 @@ class PeerDoor:
         self._counters = counters
         self._sessions = Sessions()
         self._outbox = Outbox(socket, counters)
+        self.inbox = Inbox(self._send, counters)
         self._put_off: list[tuple[bytes, bytes, int]] = []
         """(connection, message, until when): their namespace's client is still connecting."""
 
     @property
     def busy(self) -> bool:
         """Whether `pump` has something to do before the next message comes."""
-        return self._outbox.busy or bool(self._put_off)
+        return self._outbox.busy or self.inbox.busy or bool(self._put_off)
 
     def pump(self) -> None:
         self._outbox.pump()
+        self.inbox.turn(now_ms())
         put_off, self._put_off = self._put_off, []
         for connection, payload, until_ms in put_off:
             self._serve(connection, payload, until_ms)
@@ -72,15 +79,17 @@ class PeerDoor:
     def serve_burst(self) -> None:
         for _ in range(MAX_BURST):
             try:
-                connection, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                connection, head, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
-            payload = frames[0] if len(frames) == 1 else b""
-            self._serve(connection, payload, now_ms() + CONNECT_MS)
+            buffers = [frame.buffer for frame in frames]
+            self._serve(connection.bytes, head.bytes, now_ms() + CONNECT_MS, buffers)
 
-    def _serve(self, connection: bytes, payload: bytes, until_ms: int) -> None:
+    def _serve(
+        self, connection: bytes, payload: bytes, until_ms: int, frames: Sequence[memoryview] = ()
+    ) -> None:
         try:
-            reply = self.handle(connection, payload)
+            reply = self.handle(connection, payload, frames)
         except _NotYetError:
             if now_ms() < until_ms and len(self._put_off) < MAX_PUT_OFF:
                 self._put_off.append((connection, payload, until_ms))
@@ -95,13 +104,17 @@ class PeerDoor:
         except zmq.ZMQError:
             self._counters["replies_lost"] += 1
 
-    def handle(self, connection: bytes, payload: bytes) -> AnyReply | None:
+    def handle(
+        self, connection: bytes, payload: bytes, frames: Sequence[memoryview] = ()
+    ) -> AnyReply | None:
         self._counters["peer_requests"] += 1
         request_id = 0
         try:
             request: AnyPeerRequest = decode(payload, protocol.decode_peer_request)
             request_id = request.id
-            return self._answer(connection, request)
+            if frames and not isinstance(request, Blocks):
+                raise RefusedError("malformed", "only blocks have frames behind them")
+            return self._answer(connection, request, list(frames))
         except msgspec.DecodeError as error:
             return self._error(id_of(payload), "malformed", str(error))
         except RefusedError as error:
@@ -116,7 +129,9 @@ class PeerDoor:
         self._counters[f"error_{code}"] += 1
         return Error(id=request_id, code=code, message=message)
 
-    def _answer(self, connection: bytes, request: AnyPeerRequest) -> AnyReply | None:
+    def _answer(
+        self, connection: bytes, request: AnyPeerRequest, frames: list[memoryview]
+    ) -> AnyReply | None:
         if isinstance(request, Hello):
             return self._hello(connection, request)
         session = self._sessions.get(connection)
@@ -126,25 +141,47 @@ class PeerDoor:
             self._outbox.cancel(connection, request.id)
             return None
         now = now_ms()
+        if isinstance(request, Blocks):
+            self.inbox.take_blocks(connection, request, frames, now)
+            return None
         if request.deadline_ms and now > request.deadline_ms + session.offset_ms:
             raise RefusedError("deadline", "too late: nothing was done")
-        keys = checked_keys(request.keys)
-        space = self._space(request.namespace, now)
         match request:
             case MatchBlocks():
-                if space is None:
-                    return Matched(id=request.id)
-                blocks = num_refs(space.client.match_prefix(keys))
-                return Matched(id=request.id, blocks=blocks, slot_bytes=space.slot_bytes)
+                return self._match(request, now)
             case ReadBlocks():
-                if space is None:
-                    raise RefusedError("namespace", "no such namespace in this pool")
-                self._outbox.add(connection, request, space)
+                self._read(connection, request, now)
+            case WriteBlocks():
+                self._write(connection, request, now)
         return None
 
+    def _match(self, request: MatchBlocks, now: int) -> Matched:
+        keys = checked_keys(request.keys)
+        space = self._space(request.namespace, now)
+        if space is None:
+            return Matched(id=request.id)
+        blocks = num_refs(space.client.match_prefix(keys))
+        return Matched(id=request.id, blocks=blocks, slot_bytes=space.slot_bytes)
+
+    def _read(self, connection: bytes, request: ReadBlocks, now: int) -> None:
+        keys = checked_keys(request.keys)
+        space = self._space(request.namespace, now)
+        if space is None:
+            raise RefusedError("namespace", "no such namespace in this pool")
+        self._outbox.add(connection, request, space)
+        # A pool whose engines are all elsewhere would take its hottest blocks for the oldest.
+        space.client.touch(space.client.match_prefix(keys))
+
+    def _write(self, connection: bytes, request: WriteBlocks, now: int) -> None:
+        checked_keys(request.keys, request.parent)
+        _check_digest(request.namespace.digest)
+        space = self._spaces.open(request.namespace, now)
+        if not space.client.connected:
+            raise _NotYetError
+        self.inbox.open(connection, request, space, now)
+
     def _space(self, digest: bytes, now: int) -> Space | None:
-        if len(digest) != KEY_BYTES:
-            raise RefusedError("malformed", f"a namespace's digest has {KEY_BYTES} bytes")
+        _check_digest(digest)
         space = self._spaces.get(digest, now)
         if space is not None and not space.client.readable:
             raise _NotYetError
@@ -154,4 +191,11 @@ class PeerDoor:
         check_version(hello)
         offset_ms = now_ms() - hello.now_ms
         self._sessions.add(connection, Session(NO_CLIENT, "", hello.now_ms, offset_ms))
-        return Welcome(id=hello.id, version=hello.version, pool_id=self._pool_id, epoch=0)
+        return Welcome(
+            id=hello.id, version=hello.version, pool_id=self._pool_id, epoch=0, writes=True
+        )
+
+
+def _check_digest(digest: bytes) -> None:
+    if len(digest) != KEY_BYTES:
+        raise RefusedError("malformed", f"a namespace's digest has {KEY_BYTES} bytes")

@@ -21,11 +21,13 @@ from collections.abc import Callable
 
 from vllm_kvpool.ledger import StoreGrant
 from vllm_kvpool.pool.anchors import anchors, asked
-from vllm_kvpool.pool.directory import Answer, Directory, HostRecord
+from vllm_kvpool.pool.directory import Answer, HostRecord
+from vllm_kvpool.pool.finder import Finder
 from vllm_kvpool.pool.flight import Asker, Batch, Flight, Stage, key_at
+from vllm_kvpool.pool.landing import TransferError
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.pool.spaces import Space, Spaces
-from vllm_kvpool.pool.transfer import TransferError, Transfers, forget_acknowledged, granted
+from vllm_kvpool.pool.transfer import Transfers, forget_acknowledged, granted
 from vllm_kvpool.protocol import AnyReply, Blocks, Error, MatchBlocks, Matched, Pulled
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, num_refs
 
@@ -38,7 +40,7 @@ class Pulls:
     def __init__(
         self,
         spaces: Spaces,
-        directory: Directory | None,
+        directory: Finder | None,
         peer_of: Callable[[HostRecord], Peer | None],
         answer: Callable[[bytes, Pulled], None],
         counters: Counter[str],

@@ -64,9 +64,10 @@ def _place(owner: PoolOwner, config: PoolConfig) -> None:
 
 def _serve_owner(owner: PoolOwner, folder: PoolFolder, config: PoolConfig) -> None:
     prefault = Prefault(owner, Mount.of(Path(config.shm_dir)))
+    exchange = None
     if config.has_exchange:
         _allow_many_files()
-    exchange = Exchange(folder.paths, config, owner.pool_id) if config.has_exchange else None
+        exchange = Exchange(folder.paths, config, owner.pool_id, owner.path_to)
     service = PoolService(owner, folder, prefault, exchange)
     tools = [config.listen] if config.listen.startswith("ipc://") else []
     daemon = Daemon(service, owner, [folder.paths.endpoint, *tools], exchange)

@@ -172,7 +172,7 @@ class PoolService:
             pool_id=self._owner.pool_id,
             epoch=self._owner.epoch,
             client=client,
-            pulls=self._exchange is not None and self._exchange.directory is not None,
+            pulls=self._exchange is not None and self._exchange.pulls,
         )
 
     def _admit(self, hello: Hello) -> tuple[int, int]:
@@ -223,6 +223,11 @@ class PoolService:
             pin=request.pin and self._may_pin(session.namespace, num_keys(request.keys)),
             source=request.source,
         )
+        granted = refs.rstrip(b"\0")
+        if granted and self._exchange is not None:
+            blocks = -(-len(granted) // REF_BYTES)
+            keys = request.keys[: blocks * KEY_BYTES]
+            self._exchange.stored(session.client_id, session.digest, request.parent, keys)
         return Prepared(id=request.id, refs=refs)
 
     def _may_pin(self, namespace: int, num_blocks: int) -> bool:

@@ -8,21 +8,21 @@ Runs on the daemon's own thread.
 from __future__ import annotations
 
 from vllm_kvpool._native import PoolOwner
-from vllm_kvpool.pool.directory import Directory
+from vllm_kvpool.pool.finder import Finder
 
 ABSENT_MS = 15_000
 """A host that was started anew, and a Redis that came back empty, are complete again long before."""
 
 
 class Sources:
-    def __init__(self, owner: PoolOwner, directory: Directory | None) -> None:
+    def __init__(self, owner: PoolOwner, finder: Finder | None) -> None:
         self._owner = owner
-        self._directory = directory
+        self._finder = finder
         self._absent_since_ms: dict[bytes, int] = {}
 
     def review(self, now_ms: int) -> None:
         """Call it every second or so."""
-        living = self._directory.living if self._directory is not None else frozenset()
+        living = self._finder.living if self._finder is not None else frozenset()
         absent = [source for source in self._owner.copy_sources() if source not in living]
         since_ms = {source: self._absent_since_ms.get(source, now_ms) for source in absent}
         for source, since in since_ms.items():

@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kvpool._native import PoolView
+from vllm_kvpool._native import MAX_NAMESPACES, PoolView
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.anchors import grain_of
 from vllm_kvpool.pool.namespaces import fields_of
+from vllm_kvpool.pool.requests import RefusedError
 from vllm_kvpool.protocol import Namespace
 
 IDLE_MS = 30_000
@@ -26,12 +27,19 @@ STORE_TIMEOUT_MS = 5_000
 
 @dataclass(slots=True)
 class Space:
-    digest: bytes
-    slot_bytes: int
+    namespace: Namespace
     grain: int
     """Of the directory's entries: see `anchors`."""
     client: PoolClient
     used_ms: int
+
+    @property
+    def digest(self) -> bytes:
+        return self.namespace.digest
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.namespace.slot_bytes
 
 
 class Spaces:
@@ -39,6 +47,7 @@ class Spaces:
         self._paths = paths
         self._view = PoolView.open(str(paths.pool))
         self._spaces: dict[bytes, Space] = {}
+        self._client_ids: set[str] = set()
 
     def get(self, digest: bytes, now_ms: int) -> Space | None:
         """None: the pool does not know that namespace."""
@@ -47,18 +56,46 @@ class Spaces:
             space.used_ms = now_ms
         return space
 
+    def open(self, namespace: Namespace, now_ms: int) -> Space:
+        """The pool shall know it from now on. RefusedError: it knows another of that name, or has no
+        place for it."""
+        space = self.get(namespace.digest, now_ms)
+        if space is None:
+            self._check_new(namespace)
+            space = self._add(namespace)
+            space.used_ms = now_ms
+        if space.slot_bytes != namespace.slot_bytes:
+            text = f"blocks of this namespace have {space.slot_bytes} bytes here"
+            raise RefusedError("namespace", text)
+        return space
+
+    def _check_new(self, namespace: Namespace) -> None:
+        info: Any = self._view.info()
+        if not 0 < namespace.slot_bytes <= info["slab_bytes"]:
+            text = f"a block has {info['slab_bytes']} bytes here at most: use a larger pool"
+            raise RefusedError("namespace", text)
+        if len(self._spaces) >= MAX_NAMESPACES:
+            raise RefusedError("busy", f"{MAX_NAMESPACES} namespaces are in use")
+
+    def owns(self, client_id: str) -> bool:
+        """Whether it is one of these clients, and no engine's. From any thread."""
+        return client_id in self._client_ids
+
     def _make(self, digest: bytes) -> Space | None:
         info: Any = self._view.info()
         for entry in info["namespaces"]:
-            if entry["digest"] != digest.hex():
-                continue
-            fields = fields_of(entry["description"])
-            namespace = Namespace(digest=digest, slot_bytes=entry["slot_bytes"], fields=fields)
-            client = PoolClient(self._paths.folder, namespace, timeout_ms=STORE_TIMEOUT_MS)
-            space = Space(digest, namespace.slot_bytes, grain_of(fields), client, 0)
-            self._spaces[digest] = space
-            return space
+            if entry["digest"] == digest.hex():
+                fields = fields_of(entry["description"])
+                slot_bytes = entry["slot_bytes"]
+                return self._add(Namespace(digest=digest, slot_bytes=slot_bytes, fields=fields))
         return None
+
+    def _add(self, namespace: Namespace) -> Space:
+        client = PoolClient(self._paths.folder, namespace, timeout_ms=STORE_TIMEOUT_MS)
+        self._client_ids.add(client.client_id)
+        space = Space(namespace, grain_of(namespace.fields), client, 0)
+        self._spaces[namespace.digest] = space
+        return space
 
     def all(self) -> list[Space]:
         return list(self._spaces.values())
@@ -69,6 +106,7 @@ class Spaces:
             held = client.writing or (client.view is not None and client.view.leased_slots)
             if now_ms - space.used_ms > IDLE_MS and not held:
                 client.close()
+                self._client_ids.discard(client.client_id)
                 del self._spaces[space.digest]
 
     def close(self) -> None:

@@ -11,23 +11,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from vllm_kvpool._native import copy_checked
 from vllm_kvpool.ledger import StoreGrant
 from vllm_kvpool.pool.flight import Batch, Flight, key_at
+from vllm_kvpool.pool.landing import Landing, TransferError
 from vllm_kvpool.protocol import Blocks, ReadBlocks
-from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs, pack_refs, unpack_refs
+from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs, num_refs, unpack_refs, without_none
 
 BATCH_BYTES = 8 << 20
 WINDOW_BATCHES = 12
 """Of one flight: enough for every connection to have the next one waiting."""
-
-
-class TransferError(Exception):
-    """The flight brings nothing more, for this reason. Never leaves the exchange."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class Transfers:
@@ -70,7 +62,7 @@ class Transfers:
             return
         refs = unpack_refs(grant.refs or b"")
         keys = [key_at(batch.keys, i) for i, ref in enumerate(refs) if ref]
-        batch.received = [0] * len(keys)
+        batch.landing = Landing(batch.refs, flight.space.slot_bytes)
         batch.read_id = self._new_id()
         self._reads[batch.read_id] = batch
         assert flight.peer is not None
@@ -79,30 +71,14 @@ class Transfers:
 
     def take_blocks(self, batch: Batch, blocks: Blocks, frames: list[memoryview]) -> None:
         """TransferError: they cannot be used, or the peer does not have them all."""
-        refs = unpack_refs(batch.refs)
-        if len(blocks.sums) != 4 * len(frames) or blocks.first + len(frames) > len(refs):
-            raise TransferError("malformed")
-        for i, frame in enumerate(frames):
-            place = blocks.first + i
-            if place < 0 or blocks.offset != batch.received[place]:
-                raise TransferError("malformed")
-            wanted = int.from_bytes(blocks.sums[4 * i : 4 * i + 4], "little")
-            self._take_frame(batch.flight, refs[place], blocks.offset, frame, wanted)
-            batch.received[place] += frame.nbytes
-        if blocks.last and self._complete(batch) < len(refs):
-            raise TransferError("absent")
-
-    def _take_frame(
-        self, flight: Flight, ref: int, offset: int, frame: memoryview, wanted: int
-    ) -> None:
-        view, end = flight.space.client.view, offset + frame.nbytes
+        view = batch.flight.space.client.view
         assert view is not None
-        if not offset < end <= flight.space.slot_bytes:
-            raise TransferError("malformed")
-        if copy_checked(view.payload(ref)[offset:end], frame) != wanted:
-            raise TransferError("checksum")
-        flight.received_bytes += frame.nbytes
-        self._counters["pulled_bytes"] += frame.nbytes
+        assert batch.landing is not None
+        nbytes = batch.landing.take(view, blocks, frames)
+        batch.flight.received_bytes += nbytes
+        self._counters["pulled_bytes"] += nbytes
+        if blocks.last and self._complete(batch) < num_refs(batch.refs):
+            raise TransferError("absent")
 
     def end(self, flight: Flight) -> None:
         """Bring nothing more: what has arrived whole stays. Grants that are still to come end when they
@@ -120,12 +96,11 @@ class Transfers:
         if self._reads.pop(batch.read_id, None) is not None:
             assert batch.flight.peer is not None
             batch.flight.peer.cancel(batch.read_id)
-        refs, space = unpack_refs(batch.refs), batch.flight.space
-        received = batch.received or [0] * len(refs)
-        short = [r for r, got in zip(refs, received, strict=True) if got < space.slot_bytes]
-        space.client.complete_store(batch.grant_id, pack_refs(short))
-        self._counters["pulled_blocks"] += len(refs) - len(short)
-        return len(refs) - len(short)
+        short = batch.landing.short if batch.landing is not None else batch.refs
+        batch.flight.space.client.complete_store(batch.grant_id, short)
+        whole = num_refs(batch.refs) - num_refs(short)
+        self._counters["pulled_blocks"] += whole
+        return whole
 
 
 def forget_acknowledged(flight: Flight) -> None:
@@ -136,4 +111,4 @@ def forget_acknowledged(flight: Flight) -> None:
 
 
 def granted(grant: StoreGrant) -> SlotRefs:
-    return pack_refs(ref for ref in unpack_refs(grant.refs or b"") if ref)
+    return without_none(grant.refs or b"")

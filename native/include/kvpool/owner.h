@@ -96,6 +96,9 @@ class PoolOwner {
     };
     ReadyKeys ready_keys(uint32_t from, uint32_t limit) const;
 
+    // The chain that ends with `key`, head first. Empty: the block is not READY, or its chain has lost its head.
+    std::vector<BlockKey> path_to(const BlockKey& key) const;
+
     std::map<std::string, uint64_t> stats() const;
     void check_integrity() const;
 

@@ -1,0 +1,320 @@
+"""Pushes: what engines store here goes to the upstream, a batch of a chain at a time.
+
+    add ── queue, until the blocks are READY ── write_blocks ── wanted ── blocks, from the slots ── written
+
+Best effort, and nobody waits for it. While the upstream is away chains wait in the queue, as long as
+there is room; what has left the pool by its turn is forgotten. A batch is asked for once the batch
+before it in its chain has slots up there: without its parent a block is of no use. The bytes go from
+pool memory, through an outbox, so a slow upstream costs leases on a few batches and no memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import zmq
+
+from vllm_kvpool.pool.outbox import Outbox
+from vllm_kvpool.pool.peer import Peer
+from vllm_kvpool.pool.spaces import Space, Spaces
+from vllm_kvpool.protocol import AnyReply, Error, ReadBlocks, Wanted, WriteBlocks, Written
+from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, num_refs
+
+BATCH_BYTES = 8 << 20
+MAX_OPEN = 12
+"""Batches under way: enough for every connection to have the next one waiting."""
+MAX_WAITING = 65_536
+"""Blocks in the queue."""
+LOOKED_AT = 64
+"""Chains of the queue, in one turn."""
+PATIENCE_MS = 10_000
+"""For blocks to become READY; an engine that writes for longer has died or given up."""
+STALL_MS = 5_000
+"""An upstream that takes and says nothing for so long is lost."""
+PAUSE_MS = 1_000
+"""After a refusal that may pass."""
+RETRY_MS = 2_000
+"""Before the next attempt to reach an upstream that was lost."""
+MAX_TRIES = 8
+RETRIED = {"no_room", "busy", "deadline", "checksum", "lost"}
+
+
+@dataclass(slots=True, eq=False)
+class _Chain:
+    digest: bytes
+    parent: bytes
+    keys: BlockKeys
+    since_ms: int
+    tries: int = 0
+
+    def split(self, blocks: int) -> tuple[_Chain, _Chain | None]:
+        """Its first blocks, and the rest."""
+        end = blocks * KEY_BYTES
+        head = _Chain(self.digest, self.parent, BlockKeys(self.keys[:end]), self.since_ms)
+        head.tries = self.tries
+        if end >= len(self.keys):
+            return head, None
+        rest = BlockKeys(self.keys[end:])
+        return head, _Chain(self.digest, head.last, rest, self.since_ms)
+
+    @property
+    def last(self) -> bytes:
+        return self.keys[-KEY_BYTES:]
+
+
+@dataclass(slots=True, eq=False)
+class _Push:
+    """A batch under way."""
+
+    batch: _Chain
+    space: Space
+    socket: zmq.Socket[bytes]
+    num_wanted: int | None = None
+    """None: not answered yet."""
+
+
+class Pushes:
+    def __init__(
+        self,
+        spaces: Spaces,
+        connect: Callable[[], Peer | None],
+        add_whole: Callable[[bytes, bytes], None],
+        counters: Counter[str],
+    ) -> None:
+        """`connect`: to the upstream, over connections of our own: bulk shall not hold up pulls.
+        `add_whole`: add the chain up to a block of a namespace, from its head on."""
+        self._spaces = spaces
+        self._connect = connect
+        self._add_whole = add_whole
+        self._counters = counters
+        self._ids = itertools.count(1)
+        self._queue: deque[_Chain] = deque()
+        self._tails: dict[bytes, _Chain] = {}
+        """Chains of the queue by their last key."""
+        self._num_waiting = 0
+        self._peer: Peer | None = None
+        self._outboxes: dict[zmq.Socket[bytes], Outbox] = {}
+        self._leaving: list[Outbox] = []
+        """Of connections that were given up: ZeroMQ still holds frames of theirs."""
+        self._open: dict[int, _Push] = {}
+        self._progress = 0
+        self._heard_ms = 0
+        self._not_before_ms = 0
+
+    # what is to be pushed -------------------------------------------------------------------------
+
+    def add(self, digest: bytes, parent: bytes, keys: BlockKeys, now: int) -> None:
+        """A chain for which an engine has got slots."""
+        self._num_waiting += num_keys(keys)
+        before = self._tails.pop(parent, None) if parent else None
+        if before is not None and before.digest == digest:
+            before.keys = BlockKeys(before.keys + keys)
+            before.since_ms = now
+            self._tails[before.last] = before
+        else:
+            self._put(_Chain(digest, parent, keys, now))
+        while self._num_waiting > MAX_WAITING and len(self._queue) > 1:
+            self._drop(self._take_out(0), "slow" if self._reachable else "lost")
+
+    def _put(self, chain: _Chain, *, first: bool = False) -> None:
+        if first:
+            self._queue.appendleft(chain)
+        else:
+            self._queue.append(chain)
+        self._tails[chain.last] = chain
+
+    def _put_back(self, chain: _Chain) -> None:
+        self._num_waiting += num_keys(chain.keys)
+        self._put(chain, first=True)
+
+    def _take_out(self, place: int) -> _Chain:
+        chain = self._queue[place]
+        del self._queue[place]
+        self._num_waiting -= num_keys(chain.keys)
+        if self._tails.get(chain.last) is chain:
+            del self._tails[chain.last]
+        return chain
+
+    def _drop(self, chain: _Chain, reason: str) -> None:
+        self._counters[f"push_{reason}"] += num_keys(chain.keys)
+
+    def _drop_all(self, reason: str) -> None:
+        while self._queue:
+            self._drop(self._take_out(0), reason)
+
+    # a turn ---------------------------------------------------------------------------------------
+
+    @property
+    def _reachable(self) -> bool:
+        return self._peer is not None and self._peer.greeted
+
+    @property
+    def sockets(self) -> list[zmq.Socket[bytes]]:
+        return self._peer.sockets if self._peer is not None else []
+
+    @property
+    def busy(self) -> bool:
+        """Whether frames are on their way."""
+        return any(outbox.busy for outbox in (*self._outboxes.values(), *self._leaving))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something may be READY in a moment."""
+        return bool(self._queue) and self._reachable
+
+    def turn(self, now: int) -> None:
+        self._counters["push_waiting"] = self._num_waiting
+        self._leaving = [outbox for outbox in self._leaving if _pumped(outbox).busy]
+        if self._peer is None:
+            if not self._queue or now < self._not_before_ms:
+                return
+            self._enter(now)
+        if self._peer is None:
+            return
+        peer = self._peer
+        for reply, _ in peer.receive():
+            self._heard_ms = now
+            self._take(reply, now)
+            if self._peer is not peer:
+                return
+        for outbox in self._outboxes.values():
+            outbox.pump()
+        progress = sum(outbox.released for outbox in self._outboxes.values())
+        if progress != self._progress or not self._open:
+            self._progress, self._heard_ms = progress, now
+        if now - self._heard_ms > STALL_MS:
+            self._lose(now)
+        elif self._peer.refused(now):
+            self.close()
+        elif self._reachable and now >= self._not_before_ms:
+            self._begin(now)
+
+    def _enter(self, now: int) -> None:
+        self._peer = self._connect()
+        if self._peer is None:
+            self._not_before_ms = now + RETRY_MS
+            return
+        self._outboxes = {socket: Outbox(socket, self._counters) for socket in self._peer.sockets}
+        self._heard_ms, self._progress = now, 0
+
+    def _lose(self, now: int) -> None:
+        """It hangs, or nothing passes, or it was restarted: connect anew and begin anew."""
+        self._counters["push_losses"] += 1
+        for push_id in reversed(self._open):
+            self._retry(self._open[push_id].batch, "lost")
+        self._open.clear()
+        self.close()
+        self._not_before_ms = now + RETRY_MS
+
+    def close(self) -> None:
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
+        for outbox in self._outboxes.values():
+            outbox.drop(b"")
+        self._leaving += self._outboxes.values()
+        self._outboxes = {}
+
+    # batches --------------------------------------------------------------------------------------
+
+    def _begin(self, now: int) -> None:
+        assert self._peer is not None
+        if not self._peer.takes_writes:
+            self._drop_all("version")
+        place = 0
+        unanswered = {p.batch.last for p in self._open.values() if p.num_wanted is None}
+        unanswered |= self._tails.keys()
+        while place < min(len(self._queue), LOOKED_AT) and len(self._open) < MAX_OPEN:
+            chain = self._queue[place]
+            space = self._spaces.get(chain.digest, now)
+            held_up = chain.parent in unanswered or not _is_known(space)
+            ready = 0 if held_up or space is None else _ready(space, chain)
+            if ready and space is not None:
+                batch = self._ask(self._take_out(place), space, ready)
+                unanswered.add(batch.last)
+            elif now - chain.since_ms > PATIENCE_MS and not held_up:
+                self._drop(self._take_out(place), "evicted")
+            else:
+                place += 1
+
+    def _ask(self, chain: _Chain, space: Space, ready: int) -> _Chain:
+        assert self._peer is not None
+        batch, rest = chain.split(min(ready, max(1, BATCH_BYTES // space.slot_bytes)))
+        if rest is not None:
+            self._put_back(rest)  # its turn comes when this batch is answered
+        request = WriteBlocks(
+            id=next(self._ids), namespace=space.namespace, keys=batch.keys, parent=batch.parent
+        )
+        self._open[request.id] = _Push(batch, space, self._peer.ask(request))
+        return batch
+
+    # answers --------------------------------------------------------------------------------------
+
+    def _take(self, reply: AnyReply, now: int) -> None:
+        push = self._open.get(reply.id)
+        match reply:
+            case Wanted() if push is not None and push.num_wanted is None:
+                self._send(reply, push)
+            case Written() if push is not None:
+                del self._open[reply.id]
+                self._finish(push, reply, now)
+            case Error(code="hello"):
+                self._lose(now)
+            case Error(code="version"):
+                self._drop_all("version")
+            case Error() if push is not None:
+                del self._open[reply.id]
+                self._counters[f"peer_error_{reply.code}"] += 1
+                self._refused(push, reply.code, now)
+
+    def _send(self, wanted: Wanted, push: _Push) -> None:
+        keys = push.batch.keys
+        chosen = itertools.compress(
+            (keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)), wanted.places
+        )
+        read = ReadBlocks(id=wanted.id, namespace=push.space.digest, keys=b"".join(chosen))
+        push.num_wanted = num_keys(read.keys)
+        self._outboxes[push.socket].add(b"", read, push.space)
+
+    def _finish(self, push: _Push, written: Written, now: int) -> None:
+        self._counters["pushed_blocks"] += written.blocks
+        if written.reason:
+            self._refused(push, written.reason, now)
+        elif push.num_wanted is not None and written.blocks < push.num_wanted:
+            self._counters["push_evicted"] += push.num_wanted - written.blocks
+
+    def _refused(self, push: _Push, reason: str, now: int) -> None:
+        if reason == "no_parent":
+            self._add_whole(push.batch.digest, push.batch.last)
+        elif reason in RETRIED:
+            self._not_before_ms = now + PAUSE_MS
+            self._retry(push.batch, reason)
+        else:
+            self._drop(push.batch, "refused")
+
+    def _retry(self, batch: _Chain, reason: str) -> None:
+        batch.tries += 1
+        if batch.tries < MAX_TRIES:
+            self._put_back(batch)
+        else:
+            self._drop(batch, reason)
+
+
+def _is_known(space: Space | None) -> bool:
+    """Whether it can be told what is READY: its client has connected, or nobody has the namespace."""
+    return space is None or space.client.readable
+
+
+def _ready(space: Space, chain: _Chain) -> int:
+    """How many of its leading blocks can be sent."""
+    if chain.parent and not space.client.match_prefix(BlockKeys(chain.parent)):
+        return 0
+    return num_refs(space.client.match_prefix(chain.keys))
+
+
+def _pumped(outbox: Outbox) -> Outbox:
+    outbox.pump()
+    return outbox
