@@ -136,7 +136,7 @@ class DirectoryCost:
         keys = [os.urandom(KEY_BYTES) for _ in range(BATCH)]
         with self._directories(1) as (host,):
             work = {"add": lambda: host.announce(keys), "read": lambda: host.look_up(keys),
-                    "remove": lambda: host.announce((), keys)}  # fmt: skip
+                    "remove": lambda: host.announce(keys, False)}  # fmt: skip
             found = {name: self._wire(do) / BATCH for name, do in work.items()}
         with self._directories(WRITERS):
             beats = WRITERS * SECONDS / BEAT_S
@@ -175,7 +175,7 @@ class DirectoryCost:
             cached, _ = tracemalloc.get_traced_memory()
             waiting = [os.urandom(KEY_BYTES) for _ in range(MEMORY_KEYS)]
             before, _ = tracemalloc.get_traced_memory()
-            host.directory.announce(waiting, ())
+            host.directory.announce(waiting, True)
             after, _ = tracemalloc.get_traced_memory()
             tracemalloc.stop()
         return cached / rounds / len(keys), (after - before) / MEMORY_KEYS
@@ -213,10 +213,10 @@ class Host:
         self.directory = Directory(url, "scaling", name.hex(), record, self.counters)
         self.directory.start()
 
-    def announce(self, keys: Sequence[bytes], gone: Sequence[bytes] = ()) -> None:
+    def announce(self, keys: Sequence[bytes], here: bool = True) -> None:
         """Returns when Redis has it."""
-        expected = self.counters["directory_writes"] + len(keys) + len(gone)
-        self.directory.announce(keys, gone)
+        expected = self.counters["directory_writes"] + len(keys)
+        self.directory.announce(keys, here)
         wait_for(lambda: self.counters["directory_writes"] >= expected)
 
     def look_up(self, keys: Sequence[bytes]) -> None:
@@ -239,8 +239,7 @@ def _write_all(hosts: Sequence[Host], name: str, batches: Sequence[Sequence[byte
         own = [[bytes([number]) + key[1:] for key in keys] for number in range(len(hosts))]
         expected = [host.counters["directory_writes"] + len(keys) for host in hosts]
         for host, mine in zip(hosts, own, strict=True):
-            gone = name == "remove"
-            host.directory.announce(() if gone else mine, mine if gone else ())
+            host.directory.announce(mine, name != "remove")
         for host, count in zip(hosts, expected, strict=True):
             wait_for(lambda h=host, c=count: h.counters["directory_writes"] >= c)  # type: ignore[misc]
 

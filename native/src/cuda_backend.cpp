@@ -233,8 +233,8 @@ void CudaBackend::register_pool() {
             note(error);
             if (error.is_final()) off_ = true;
         }
-        // The driver does nothing else for this process meanwhile, and would go on with the next chunk before the engine
-        // gets its turn: 64 GiB in a row held up the first request by 5 s.
+        // The driver does nothing else for this process meanwhile, and would go on with the next chunk before the
+        // engine gets its turn: 64 GiB in a row held up the first request by 5 s.
         auto took = std::chrono::steady_clock::now() - begun;
         lock.lock();
         wake_.wait_for(lock, registered ? took : kPopulatePoll, [this] { return closing_; });
