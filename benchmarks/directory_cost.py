@@ -25,7 +25,7 @@ import redis
 
 from benchmarks.bench_pool import wait_for
 from benchmarks.processes import ChildProcess, free_port
-from vllm_kvpool.pool.directory import BATCH, BEAT_S, ID_BYTES, Directory, HostRecord
+from vllm_kvpool.pool.directory import BATCH, BEAT_S, POOL_ID_BYTES, Directory, HostRecord
 from vllm_kvpool.types import KEY_BYTES
 
 WRITERS = 16
@@ -207,7 +207,7 @@ class Host:
     """A `Directory` as a daemon has it."""
 
     def __init__(self, url: str) -> None:
-        name = os.urandom(ID_BYTES)
+        name = os.urandom(POOL_ID_BYTES)
         record = HostRecord(name, "tcp://198.51.100.200:7707", b"-" * 40)
         self.counters: Counter[str] = Counter()
         self.directory = Directory(url, "scaling", name.hex(), record, self.counters)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import zmq
 
-from vllm_kvpool.pool.directory import ID_BYTES, HostRecord
+from vllm_kvpool.pool.directory import HostRecord
 from vllm_kvpool.pool.exchange import IO_THREADS, MAX_SOCKETS
 from vllm_kvpool.pool.peer import Peer
+from vllm_kvpool.protocol import POOL_ID_BYTES
 
 TURNS = 100
 
@@ -31,7 +32,7 @@ def turn_s(counts: Sequence[int]) -> dict[int, float]:
     found = {}
     for count in sorted(counts):
         while len(peers) < count:
-            record = HostRecord(os.urandom(ID_BYTES), f"tcp://127.0.0.1:{port}")
+            record = HostRecord(os.urandom(POOL_ID_BYTES), f"tcp://127.0.0.1:{port}")
             peers.append(Peer(context, record, None))
         _turn(peers)  # says hello
         begun = time.thread_time()

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 from benchmarks.scaled_fleet import FleetSimulation
-from vllm_kvpool.pool.directory import BEAT_S, ID_BYTES, MAX_CACHED, MAX_WRITES
+from vllm_kvpool.pool.directory import BEAT_S, MAX_CACHED, MAX_WRITES
 from vllm_kvpool.pool.peer import CONNECTIONS
+from vllm_kvpool.protocol import POOL_ID_BYTES
 
 Row = dict[str, Any]
 
@@ -77,7 +78,7 @@ def wire_bytes_per_s(row: Row, cost: dict[str, Any]) -> float:
         added * wire["add"]
         + row["removed_per_s"] * wire["remove"]
         + row["keys_read_per_s"] * wire["read"]
-        + more_holders * (ID_BYTES + 7)  # "$16", and two line ends
+        + more_holders * (POOL_ID_BYTES + 7)  # "$16", and two line ends
         + beats
     )
 

@@ -13,7 +13,8 @@ from helpers import keys_of, store, until
 from hosts.conftest import Host, wait_listed
 from redis_server import RedisServer
 
-from vllm_kvpool.pool.directory import ID_BYTES, HostRecord
+from vllm_kvpool.pool.directory import HostRecord
+from vllm_kvpool.protocol import POOL_ID_BYTES
 
 PEERS = 260
 """Four connections to each are more than ZeroMQ's 1,023 sockets."""
@@ -32,7 +33,7 @@ def usual_file_limit() -> Iterator[None]:
 
 def give_to_another(redis: RedisServer, entry: bytes, address: str) -> None:
     """Of the block that is listed in `entry`, the only holder is a host that nobody has met."""
-    host = os.urandom(ID_BYTES)
+    host = os.urandom(POOL_ID_BYTES)
     client = redis.client
     client.set(b"kvpool:1:test:{hosts}:" + host, msgspec.msgpack.encode(HostRecord(host, address)))
     client.sadd(b"kvpool:1:test:{hosts}", host)

@@ -90,7 +90,9 @@ def test_what_the_other_has_of_it(make_host: MakeHost) -> None:
 
 def test_nobody_has_it(make_host: MakeHost) -> None:
     make_host()
-    pulled = make_host().pull(keys_of("chain", 10))
+    host, keys = make_host(), keys_of("chain", 10)
+    until(lambda: host.pull(keys).reason != "no_directory", "the directory")
+    pulled = host.pull(keys)
     assert (pulled.blocks, pulled.reason) == (0, "absent")
 
 
