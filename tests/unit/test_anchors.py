@@ -19,6 +19,8 @@ from vllm_kvpool.types import KEY_BYTES
         ({"block_tokens": "256"}, 1),
         ({"block_tokens": "0"}, 1),
         ({"block_tokens": "many"}, 1),
+        ({"block_tokens": "\u00b2"}, 1),
+        ({"block_tokens": "9" * 5_000}, 1),
         ({}, 1),
     ],
 )

@@ -8,6 +8,7 @@ knowing each other's chains. What a host holds behind its last entry, it says wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from vllm_kvpool.types import KEY_BYTES
@@ -21,7 +22,9 @@ chain. They decide which host is asked how much it has, not how much is brought.
 def grain_of(fields: Mapping[str, str]) -> int:
     """From a namespace's description; 1, every block, where it does not tell the size of blocks."""
     tokens = fields.get("block_tokens", "")
-    return max(1, TOKENS_AN_ENTRY // int(tokens)) if tokens.isdigit() and int(tokens) else 1
+    if not re.fullmatch("[1-9][0-9]{0,8}", tokens):
+        return 1
+    return max(1, TOKENS_AN_ENTRY // int(tokens))
 
 
 def anchors(keys: bytes, grain: int) -> list[tuple[int, bytes]]:

@@ -158,7 +158,10 @@ class Peer:
             connection.forget_unsent(connection.unanswered)
 
     def close(self) -> None:
+        """What is asked or cancelled afterwards goes nowhere: flights may still hold this peer when its
+        host has come back under another address."""
         for connection in self._connections:
+            connection.greeted = False
             connection.socket.close(linger=0)
 
 

@@ -49,6 +49,7 @@ class _Chain:
     keys: BlockKeys
     since_ms: int
     tries: int = 0
+    not_before_ms: int = 0
 
     def split(self, blocks: int) -> tuple[_Chain, _Chain | None]:
         """Its first blocks, and the rest."""
@@ -230,7 +231,9 @@ class Pushes:
         while place < min(len(self._queue), LOOKED_AT) and len(self._open) < MAX_OPEN:
             chain = self._queue[place]
             space = self._spaces.get(chain.digest, now)
-            held_up = chain.parent in unanswered or not _is_known(space)
+            held_up = (
+                chain.parent in unanswered or now < chain.not_before_ms or not _is_known(space)
+            )
             ready = 0 if held_up or space is None else _ready(space, chain)
             if ready and space is not None:
                 batch = self._ask(self._take_out(place), space, ready)
@@ -290,7 +293,9 @@ class Pushes:
         if reason == "no_parent":
             self._add_whole(push.batch.digest, push.batch.last)
         elif reason in RETRIED:
-            self._not_before_ms = now + PAUSE_MS
+            push.batch.not_before_ms = now + PAUSE_MS
+            if reason == "busy":
+                self._not_before_ms = now + PAUSE_MS
             self._retry(push.batch, reason)
         else:
             self._drop(push.batch, "refused")
@@ -301,6 +306,15 @@ class Pushes:
             self._put_back(batch)
         else:
             self._drop(batch, reason)
+            self._drop_behind(batch, reason)
+
+    def _drop_behind(self, batch: _Chain, reason: str) -> None:
+        """Without it they would be refused, and the whole chain offered again, and so on."""
+        lost = batch.last
+        while place := next((n for n, c in enumerate(self._queue, 1) if c.parent == lost), 0):
+            chain = self._take_out(place - 1)
+            self._drop(chain, reason)
+            lost = chain.last
 
 
 def _is_known(space: Space | None) -> bool:

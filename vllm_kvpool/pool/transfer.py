@@ -93,11 +93,11 @@ class Transfers:
         if batch.completing:
             return 0
         batch.completing = True
+        short = batch.landing.short if batch.landing is not None else batch.refs
+        batch.flight.space.client.complete_store(batch.grant_id, short)
         if self._reads.pop(batch.read_id, None) is not None:
             assert batch.flight.peer is not None
             batch.flight.peer.cancel(batch.read_id)
-        short = batch.landing.short if batch.landing is not None else batch.refs
-        batch.flight.space.client.complete_store(batch.grant_id, short)
         whole = num_refs(batch.refs) - num_refs(short)
         self._counters["pulled_blocks"] += whole
         return whole

@@ -200,7 +200,10 @@ class Supervisor:
         await first
         while True:
             await asyncio.sleep(self._config.probe_interval_s)
-            await self._resolve_names()
+            try:
+                await self._resolve_names()
+            except Exception:  # one look less is better than no router
+                logger.exception("a look at the names failed")
             self._tell()
 
     async def _resolve_names(self) -> None:
