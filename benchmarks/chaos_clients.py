@@ -21,6 +21,10 @@ PATIENCE_S = 30.0
 SHORT_S = 0.01
 """For a request to get to its replica before its client leaves."""
 
+REFUSED_S = 0.3
+"""Before the next request of a client that was told that nobody takes it: who asks again at once is told so a thousand
+times in one outage of fast time."""
+
 
 class Clients:
     """What all of them share: the router's port, and what became of their requests."""
@@ -134,6 +138,8 @@ class Client:
             outcome = "cut" if error.partial or self._begun else "lost"
             await self.close()
         self._shared.outcomes[outcome] += 1
+        if outcome == "503":
+            await asyncio.sleep(REFUSED_S)
 
     async def _status_and_body(self) -> str:
         assert self._reader is not None

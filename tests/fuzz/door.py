@@ -29,11 +29,13 @@ class Wire:
         self._coming = [hello, hello._replace(other=True), *messages]
         self._parts: list[bytes | memoryview] = []
 
-    def recv_multipart(self, flags: int) -> list[bytes]:
+    def recv_multipart(self, flags: int, *, copy: bool) -> list[zmq.Frame]:
         if not self._coming:
             raise zmq.Again
         message = self._coming.pop(0)
-        return [b"other" if message.other else b"one", *message.frames]
+        return [
+            zmq.Frame(part) for part in (b"other" if message.other else b"one", *message.frames)
+        ]
 
     def send_multipart(self, parts: list[bytes], flags: int) -> None:
         (_, payload) = parts
@@ -69,6 +71,7 @@ class Door(Target):
             protocol.ReadBlocks(id=3, namespace=SPACE.digest, keys=longer),
             protocol.ReadBlocks(id=4, namespace=SPACE.digest, keys=b"", deadline_ms=1),
             protocol.MatchBlocks(id=5, namespace=bytes(32), keys=KEYS),
+            protocol.CancelRead(id=3),
         ]
         alone = [pack([Message([protocol.encode(request)])]) for request in requests]
         return [*alone, pack(Message([protocol.encode(request)]) for request in requests)]

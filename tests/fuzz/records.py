@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from tests.fuzz.frames import Message, pack, unpack
+from tests.fuzz.host import FuzzHost
 from tests.fuzz.target import KEYS, Target
 from vllm_kvpool.config import PoolConfig
-from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.anchors import asked
 from vllm_kvpool.pool.directory import Directory, HostRecord
 from vllm_kvpool.pool.exchange import Exchange
@@ -69,7 +69,8 @@ class Records(Target):
 
     def __init__(self, shm_dir: Path) -> None:
         config = PoolConfig(name="fuzz", directory=URL)
-        self._exchange = Exchange(PoolPaths(shm_dir), config, OWN.hex())
+        self._host = FuzzHost(shm_dir)
+        self._exchange = Exchange(self._host.daemon.paths, config, OWN.hex(), lambda key: b"")
 
     def seeds(self) -> list[bytes]:
         me = _record(HostRecord(OWN, "tcp://10.0.0.1:7707"))
@@ -93,7 +94,8 @@ class Records(Target):
             directory._redis = Answers(unpack(data))
             directory._beat()
             directory.ask(1, asked(BlockKeys(KEYS), 1))
-            directory.announce([KEYS[:32]], [KEYS[32:64]])
+            directory.announce([KEYS[:32]], True)
+            directory.announce([KEYS[32:64]], False)
             directory._look_up(directory._take_asks(0) or [])
             directory._flush()
             (answer,) = directory.take_answers()
@@ -119,6 +121,8 @@ class Records(Target):
         assert directory is not None
         directory._thread = _Stopped()  # type: ignore[assignment]
         directory.stop()
+        self._exchange._spaces.close()
+        self._host.close()
 
 
 class _Stopped:

@@ -129,7 +129,7 @@ class Replies(Target):
             return not pulls.busy and not client.writing
 
         self._host.wait(ended, "the end of the pull")
-        assert not any((pulls._by_key, pulls._matches, pulls._reads))
+        assert not any((pulls._by_key, pulls._matches, pulls._transfers._reads))
         assert client.view is not None
         assert client.view.leased_slots == 0
         self._directory._take_asks(0)  # as its thread would do, which never ran
