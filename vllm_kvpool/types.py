@@ -45,5 +45,9 @@ def num_keys(keys: bytes) -> int:
     return len(keys) // KEY_BYTES
 
 
+def split_keys(keys: bytes) -> list[bytes]:
+    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]
+
+
 def num_refs(refs: bytes) -> int:
     return len(refs) // REF_BYTES

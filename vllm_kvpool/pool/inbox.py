@@ -20,11 +20,11 @@ from vllm_kvpool.pool.requests import RefusedError
 from vllm_kvpool.pool.spaces import Space
 from vllm_kvpool.protocol import AnyReply, Blocks, Error, Wanted, WriteBlocks, Written
 from vllm_kvpool.types import (
-    KEY_BYTES,
     BlockKeys,
     SlotRefs,
     num_keys,
     num_refs,
+    split_keys,
     unpack_refs,
     without_none,
 )
@@ -85,7 +85,7 @@ class Inbox:
         grant_id = space.client.prepare_store(BlockKeys(request.keys), request.parent)
         if grant_id is None:
             raise RefusedError("busy", "the pool takes no blocks just now")
-        write = _Write(connection, request, space, grant_id, frozenset(_split(request.keys)))
+        write = _Write(connection, request, space, grant_id, frozenset(split_keys(request.keys)))
         self._heard_ms[connection] = now
         self._writes[write.name] = self._by_grant[space.digest, grant_id] = write
 
@@ -112,7 +112,7 @@ class Inbox:
             return True
         refs = unpack_refs(grant.refs)
         others = b"".join(
-            k for k, ref in zip(_split(write.request.keys), refs, strict=True) if not ref
+            k for k, ref in zip(split_keys(write.request.keys), refs, strict=True) if not ref
         )
         if num_refs(space.client.match_prefix(BlockKeys(others))) < num_keys(others):
             write.reason = "no_room"  # or somebody else is writing them, and may yet give up
@@ -170,7 +170,3 @@ class Inbox:
             self._counters[f"write_{write.reason}"] += 1
         written = Written(id=write.request.id, blocks=blocks, reason=write.reason)
         self._answer(write.connection, written)
-
-
-def _split(keys: bytes) -> list[bytes]:
-    return [keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)]

@@ -21,7 +21,7 @@ from vllm_kvpool.pool.outbox import Outbox
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.pool.spaces import Space, Spaces
 from vllm_kvpool.protocol import AnyReply, Error, ReadBlocks, Wanted, WriteBlocks, Written
-from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, num_refs
+from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, num_refs, split_keys
 
 BATCH_BYTES = 8 << 20
 MAX_OPEN = 12
@@ -274,10 +274,7 @@ class Pushes:
                 self._refused(push, reply.code, now)
 
     def _send(self, wanted: Wanted, push: _Push) -> None:
-        keys = push.batch.keys
-        chosen = itertools.compress(
-            (keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES)), wanted.places
-        )
+        chosen = itertools.compress(split_keys(push.batch.keys), wanted.places)
         read = ReadBlocks(id=wanted.id, namespace=push.space.digest, keys=b"".join(chosen))
         push.num_wanted = num_keys(read.keys)
         self._outboxes[push.socket].add(b"", read, push.space)
