@@ -217,7 +217,7 @@ def spans_ms(found: dict[str, float], begun_s: float, ended_s: float) -> dict[st
     """To each step from the one before."""
     spans = {}
     last_s = begun_s
-    for step in (name for name in STEPS if name in found):
+    for step in sorted((name for name in STEPS if name in found), key=found.__getitem__):
         spans[step] = (found[step] - last_s) * 1e3
         last_s = found[step]
     spans["returned"] = (ended_s - last_s) * 1e3

@@ -39,7 +39,7 @@ SEED = 11
 KV_CACHE = ("--num-gpu-blocks-override", "80", "--max-model-len", "8192")
 """10,240 tokens: the warm-up uses all of that memory once. In a larger cache every prompt would lie in pages that the
 process has never touched, and a load would be charged with the kernel making them."""
-ROUNDS, REPEATS = 2, 2
+ROUNDS, REPEATS = 2, 4
 """Turns of the engines for each prompt, and hits of a kind in each turn."""
 TURNS, KILLED_AFTER = 8, 4
 """Of the conversation through the router."""

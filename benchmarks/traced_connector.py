@@ -5,13 +5,13 @@ the system's monotonic clock:
 
     arrived     at the scheduler
     submitted   the load was handed to the copy engine
-    copied      the last block was there
-    noticed     the worker told that
+    noticed     the worker told that the last bytes are on their way, or there
+    copied      they were there: before that, or after the next step
     scheduled   a step computes the request
     launched    all kernels of that step were started; `launch_cpu`: processor time of that since `scheduled`
     finished    the scheduler has the token
 
-For an engine whose scheduler and worker share a process, as with one GPU.
+For an engine whose scheduler and worker share a process, as with one GPU, and one request at a time.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class _Trace:
                 self.mark(request_id, "launch_cpu", time.thread_time() - begun)
         self.in_step = []
 
+    def copied(self, seconds: list[float]) -> None:
+        for request_id, known in self.requests.items():
+            if "submitted" in known and "copied" not in known:
+                self.mark(request_id, "copied", known["submitted"] + seconds[-1])
+
     def finish(self, request_id: str) -> None:
         self.mark(request_id, "finished")
         with open(self._path, "a") as file:
@@ -71,11 +76,10 @@ class TracedKVPoolConnector(KVPoolConnector):
 
     def get_finished(self, finished_req_ids: set[str]) -> Any:
         result = super().get_finished(finished_req_ids)
+        assert self._worker is not None
+        if seconds := self._worker._stats.data.get("load_seconds"):
+            _trace.copied(seconds)
         for request_id in result[1] or ():
-            assert self._worker is not None
-            seconds = self._worker._stats.data["load_seconds"][-1]
-            submitted = _trace.requests[request_id]["submitted"]
-            _trace.mark(request_id, "copied", submitted + seconds)
             _trace.mark(request_id, "noticed")
         _trace.launched()
         return result

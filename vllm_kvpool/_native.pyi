@@ -208,6 +208,11 @@ class CopyEngine:
     def submit_load(self, refs: Buffer, blocks: Buffer, stream: int = 0) -> int: ...
     def poll(self) -> list[tuple[int, bytes, int]]:
         """Finished jobs: (job, one status byte a block: see COPY_*, nanoseconds from submit to end). Never waits."""
+    def arriving(self) -> list[int]:
+        """Loads whose last bytes are on their way: only the loss of the device, or of a lease, can still spoil them.
+        Each is reported by `poll` as well, once it has ended."""
+    def wait(self, job: int, milliseconds: int) -> bool:
+        """Until the job has ended, however it did; the next `poll` tells. False: it has not in that time."""
     def cancel(self, job: int) -> None:
         """Stop a job; returns when no thread touches its memory. Its unfinished blocks end as COPY_CANCELLED and
         the job is reported by the next `poll`."""

@@ -400,6 +400,10 @@ void bind_copy(nb::module_& m) {
             },
             "refs"_a, "blocks"_a, "stream"_a = 0)
         .def("poll", &PyCopyEngine::poll)
+        .def("arriving", [](PyCopyEngine& c) { return c.engine.arriving(); })
+        .def(
+            "wait", [](PyCopyEngine& c, uint64_t job, uint64_t ms) { return c.engine.wait(job, ms); }, "job"_a,
+            "milliseconds"_a, nb::call_guard<nb::gil_scoped_release>())
         .def(
             "cancel", [](PyCopyEngine& c, uint64_t job) { c.engine.cancel(job); }, "job"_a,
             nb::call_guard<nb::gil_scoped_release>())

@@ -68,6 +68,21 @@ std::vector<FinishedCopy> CopyEngine::poll() {
     return std::exchange(finished_, {});
 }
 
+std::vector<uint64_t> CopyEngine::arriving() {
+    std::lock_guard lock(mutex_);
+    std::vector<uint64_t> numbers;
+    for (const auto& [number, job] : jobs_) {
+        bool arriving = job->on_the_way == job->blocks.size() && job->good;
+        if (arriving && job->direction == Direction::kLoad) numbers.push_back(number);
+    }
+    return numbers;
+}
+
+bool CopyEngine::wait(uint64_t number, uint64_t milliseconds) {
+    std::unique_lock lock(mutex_);
+    return idle_.wait_for(lock, std::chrono::milliseconds(milliseconds), [&] { return jobs_.count(number) == 0; });
+}
+
 void CopyEngine::cancel(uint64_t number) {
     std::unique_lock lock(mutex_);
     auto found = jobs_.find(number);
@@ -98,6 +113,7 @@ void CopyEngine::finish(const std::shared_ptr<Job>& job) {
     finished_.push_back({job->number, job->status, now_ns() - job->started_ns});
     job->fence.reset();
     jobs_.erase(job->number);
+    idle_.notify_all();
 }
 
 std::shared_ptr<CopyEngine::Job> CopyEngine::next_job(unsigned thread) {
@@ -119,6 +135,8 @@ CopyEngine::Batch CopyEngine::take(const std::shared_ptr<Job>& job) const {
 
 void CopyEngine::put_back(const Batch& batch, const std::vector<CopyStatus>& status) {
     const std::shared_ptr<Job>& job = batch.job;
+    auto bad = [](CopyStatus one) { return one != CopyStatus::kOk; };
+    if (std::any_of(status.begin(), status.end(), bad)) job->good = false;
     std::copy(status.begin(), status.end(), job->status.begin() + static_cast<ptrdiff_t>(batch.first));
     if (--job->busy > 0) return;
     idle_.notify_all();
@@ -139,7 +157,7 @@ void CopyEngine::run(unsigned thread) {
     }
 }
 
-std::vector<CopyStatus> CopyEngine::copy(unsigned thread, const Batch& batch) const {
+std::vector<CopyStatus> CopyEngine::copy(unsigned thread, const Batch& batch) {
     Direction direction = batch.job->direction;
     const CopyBlock* blocks = batch.job->blocks.data() + batch.first;
     std::vector<CopyStatus> status(batch.count);
@@ -148,12 +166,20 @@ std::vector<CopyStatus> CopyEngine::copy(unsigned thread, const Batch& batch) co
         status[i] = check_before(direction, blocks[i].ref);
         if (status[i] == CopyStatus::kOk) shards.push_back({shard(blocks[i].ref), blocks[i].block});
     }
-    bool moved = shards.empty() || backend_->copy(thread, direction, shards, batch.job->fence);
+    auto on_the_way = [&] {
+        if (shards.size() == batch.count) note_on_the_way(batch);
+    };
+    bool moved = shards.empty() || backend_->copy(thread, direction, shards, batch.job->fence, on_the_way);
     for (size_t i = 0; i < batch.count; ++i) {
         if (status[i] != CopyStatus::kOk) continue;
         status[i] = moved ? check_after(direction, blocks[i].ref) : CopyStatus::kFailed;
     }
     return status;
+}
+
+void CopyEngine::note_on_the_way(const Batch& batch) {
+    std::lock_guard lock(mutex_);
+    batch.job->on_the_way += batch.count;
 }
 
 CopyStatus CopyEngine::check_before(Direction direction, SlotRef ref) const {

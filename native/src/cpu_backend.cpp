@@ -24,7 +24,9 @@ class CpuBackend final : public CopyBackend {
     bool serves(unsigned, Direction) const override { return true; }
     size_t batch_blocks() const override { return 1; }  // a thread that is done takes the next
     Fence fence(uint64_t) override { return nullptr; }
-    bool copy(unsigned, Direction direction, const std::vector<BlockShard>& shards, const Fence&) override {
+    bool copy(unsigned, Direction direction, const std::vector<BlockShard>& shards, const Fence&,
+              const std::function<void()>& on_the_way) override {
+        on_the_way();
         for (const BlockShard& shard : shards) move(direction, shard);
         return true;
     }

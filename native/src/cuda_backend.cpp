@@ -33,7 +33,8 @@ class CudaBackend final : public CopyBackend {
     bool serves(unsigned thread, Direction direction) const override { return direction_of(thread) == direction; }
     size_t batch_blocks() const override { return std::max<size_t>(kBatchBytes / payload_bytes(), 1); }
     Fence fence(uint64_t stream) override;
-    bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) override;
+    bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
+              const std::function<void()>& on_the_way) override;
     void close() override;
     std::string describe() const override;
     std::string error() const override;
@@ -51,7 +52,7 @@ class CudaBackend final : public CopyBackend {
     static Direction direction_of(unsigned thread) { return thread % 2 == 0 ? Direction::kLoad : Direction::kStore; }
 
     void open_lanes();
-    void move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence);
+    void enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence);
     bool is_registered(const std::vector<BlockShard>& shards) const;
 
     // On a thread of its own: the engine need not wait for any of it.
@@ -144,14 +145,16 @@ Fence CudaBackend::fence(uint64_t stream) {
     }
 }
 
-bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards,
-                       const Fence& fence) {
+bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
+                       const std::function<void()>& on_the_way) {
     if (off_ || fence == nullptr) return false;
     Lane& lane = *lanes_[thread];
     try {
         if (!lane.entered) context_.enter_thread();
         lane.entered = true;
-        move(lane, direction, shards, fence);
+        enqueue(lane, direction, shards, fence);
+        on_the_way();
+        driver_.event_synchronize(lane.done.get());
         failures_ = 0;
         return true;
     } catch (const CudaError& error) {
@@ -161,7 +164,7 @@ bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<B
     }
 }
 
-void CudaBackend::move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) {
+void CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) {
     CUstream stream = lane.stream.get();
     CUevent fenced = FencePool::event(fence);
     if (!is_registered(shards)) {
@@ -176,7 +179,6 @@ void CudaBackend::move(Lane& lane, Direction direction, const std::vector<BlockS
         }
     }
     driver_.event_record(lane.done.get(), stream);
-    driver_.event_synchronize(lane.done.get());
 }
 
 bool CudaBackend::is_registered(const std::vector<BlockShard>& shards) const {

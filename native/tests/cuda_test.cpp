@@ -244,6 +244,56 @@ TEST(a_load_waits_for_earlier_readers_but_not_for_stores) {
     CHECK(device.memory.block(19) == device.memory.block(0));
 }
 
+TEST(a_load_arrives_before_it_has_ended) {
+    Device device(CudaWay::kStaged);
+    CHECK(all(device.store(), CopyStatus::kOk));
+    device.slots.set_all(SlotState::kReady);
+    device.cuda->hold_ends(true);
+    uint64_t job = device.engine->submit(Direction::kLoad, device.slots.blocks(10));
+    until([&] { return device.engine->arriving() == std::vector<uint64_t>{job}; });
+    CHECK(!device.engine->wait(job, 20));
+    CHECK(device.engine->poll().empty());
+    device.cuda->hold_ends(false);
+    CHECK(device.engine->wait(job, 10'000));
+    CHECK(device.engine->arriving().empty());
+    CHECK(all(wait(*device.engine).status, CopyStatus::kOk));
+}
+
+// 128 MiB are a batch, and two threads load: the third begins when the first has ended.
+TEST(a_load_arrives_with_its_last_batch) {
+    Device device(CudaWay::kStaged);
+    CHECK(all(device.store(), CopyStatus::kOk));
+    device.slots.set_all(SlotState::kReady);
+    size_t batch = (128 << 20) / device.memory.block(0).size();
+    std::vector<CopyBlock> blocks;
+    for (uint32_t i = 0; i < 2 * batch + 1; ++i) {  // no two batches write one block
+        blocks.push_back({device.slots.refs[i % 8], static_cast<uint32_t>(4 * (i / batch) + i % 4)});
+    }
+    device.cuda->hold_ends(true);
+    uint64_t ends = device.cuda->calls("cuEventSynchronize");
+    uint64_t job = device.engine->submit(Direction::kLoad, blocks);
+    until([&] { return device.cuda->calls("cuEventSynchronize") == ends + 2; });
+    CHECK(device.engine->arriving().empty());
+    device.cuda->hold_ends(false);
+    CHECK(device.engine->wait(job, 10'000));
+}
+
+TEST(neither_stores_arrive_nor_loads_with_a_bad_block) {
+    Device device(CudaWay::kStaged);
+    for (Direction direction : {Direction::kStore, Direction::kLoad}) {
+        device.cuda->hold_ends(true);
+        uint64_t ends = device.cuda->calls("cuEventSynchronize");
+        uint64_t job = device.engine->submit(direction, device.slots.blocks(direction == Direction::kLoad ? 10 : 0));
+        until([&] { return device.cuda->calls("cuEventSynchronize") == ends + 1; });
+        CHECK(device.engine->arriving().empty());
+        device.cuda->hold_ends(false);
+        CHECK(device.engine->wait(job, 10'000));
+        wait(*device.engine);
+        device.slots.set_all(SlotState::kReady);
+        device.slots.file->payload(5)[300] ^= 1;
+    }
+}
+
 TEST(a_refusal_fails_the_copy_and_not_the_next) {
     for (const char* symbol : {"cuLaunchKernel", "cuEventRecord"}) {
         Device device(CudaWay::kStaged);

@@ -31,7 +31,7 @@ struct State {
     std::map<CUdeviceptr, size_t> registered, allocated;
     uint64_t batched = 0;
     size_t alive = 0;
-    bool held = false;
+    bool held = false, ends_held = false;
     int slow_stream = 0, stream = 0, context = 0, module = 0, load = 0, store = 0;  // for their addresses
 };
 
@@ -129,6 +129,12 @@ void hold(bool held) {
     state().changed.notify_all();
 }
 
+void hold_ends(bool held) {
+    std::lock_guard lock(state().mutex);
+    state().ends_held = held;
+    state().changed.notify_all();
+}
+
 size_t registered() {
     std::lock_guard lock(state().mutex);
     return state().registered.size();
@@ -144,8 +150,8 @@ size_t alive() {
 extern "C" {
 
 FakeCuda* fake_cuda() {
-    static FakeCuda all{fail,       calls, batched, hold, reinterpret_cast<uint64_t>(&state().slow_stream),
-                        registered, alive};
+    static FakeCuda all{fail,      calls,      batched, hold, reinterpret_cast<uint64_t>(&state().slow_stream),
+                        hold_ends, registered, alive};
     return &all;
 }
 
@@ -250,6 +256,9 @@ CUresult cuEventRecord(CUevent event, CUstream stream) {
 
 CUresult cuEventSynchronize(CUevent event) {
     ENTER("cuEventSynchronize");
+    std::unique_lock lock(state().mutex);
+    state().changed.wait(lock, [] { return !state().ends_held; });
+    lock.unlock();
     return wait_for(event);
 }
 

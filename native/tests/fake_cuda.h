@@ -12,6 +12,8 @@ struct FakeCuda {
     // Work on `slow_stream` does not end while it is held.
     void (*hold)(bool);
     uint64_t slow_stream;
+    // Nobody hears of the end of any work while these are held.
+    void (*hold_ends)(bool);
     size_t (*registered)();  // ranges of host memory
     size_t (*alive)();       // streams, events, modules, memory
 };

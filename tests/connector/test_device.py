@@ -71,6 +71,9 @@ class BrokenCopies:
         ended, self._ended = self._ended, []
         return ended
 
+    def arriving(self) -> list[int]:
+        return []
+
     def cancel(self, number: int) -> None:
         pass
 

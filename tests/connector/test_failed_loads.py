@@ -140,6 +140,9 @@ class StuckCopies:
         cancelled, self._cancelled = self._cancelled, []
         return self._engine.poll() + cancelled
 
+    def arriving(self) -> list[int]:
+        return []
+
     def cancel(self, number: int) -> None:
         self.cancels += 1
         blocks = self._stuck.pop(number)

@@ -364,6 +364,28 @@ def test_later_work_of_the_stream_does_not_hold_a_job_up(
     engine.close()
 
 
+def test_a_load_arrives_before_it_has_ended(
+    pool: Pool, way: str, stream: torch.cuda.Stream
+) -> None:
+    kv = KV(64, blocks=3 * COUNT)
+    engine = start(pool, kv, way)
+    refs = stored(pool, kv, engine)
+    torch.cuda.synchronize()
+    spin(stream)
+    job = engine.submit_load(refs * 2, numbers(COUNT, 2 * COUNT), stream.cuda_stream)
+    give_up = time.monotonic() + WAIT_S
+    while engine.arriving() != [job]:
+        assert time.monotonic() < give_up
+    assert not engine.wait(job, 1)
+    assert not stream.query(), "the spin was too short to show anything"
+    assert engine.wait(job, 10_000)
+    assert engine.arriving() == []
+    for first in (COUNT, 2 * COUNT):
+        assert torch.equal(kv.blocks(first), kv.blocks(0))
+    assert set(wait(engine, job)) == {COPY_OK}
+    engine.close()
+
+
 # the end of jobs ----------------------------------------------------------------------------------
 
 

@@ -105,7 +105,7 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         if self._scheduler is not None:
             metadata = connector_output.kv_connector_worker_meta
             reports = metadata.reports if isinstance(metadata, KVPoolWorkerMetadata) else {}
-            self._scheduler.end_step(reports)
+            self._scheduler.end_step(connector_output.finished_recving or (), reports)
 
     def request_finished(
         self, request: Any, block_ids: list[int]
@@ -147,6 +147,12 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_handshake_metadata(self) -> WorkerLayout | None:
         return self._worker.handshake() if self._worker is not None else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        """Called in every step before its kernels, with a preemption or without."""
+        if self._worker is not None:
+            assert isinstance(kv_connector_metadata, KVPoolMetadata)
+            self._worker.before_forward(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Called in every step, with a forward or without, and never before the forward of the step

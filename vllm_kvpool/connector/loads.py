@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -192,6 +192,13 @@ class LoadPlanner:
 
     # end ------------------------------------------------------------------------------------------
 
+    def announced(self, request_ids: Collection[str]) -> None:
+        """vLLM goes on with them. The reports of their loads come with that, or follow."""
+        for load in self._loads.values() if request_ids else ():
+            if load.refs and load.record.request.request_id in request_ids:
+                num_tokens = num_refs(load.refs) * self._link.block_tokens
+                self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
+
     def report(self, number: int, report: JobReport) -> bool:
         """Whether `number` is a load."""
         load = self._loads.get(number)
@@ -206,8 +213,6 @@ class LoadPlanner:
     def _finish(self, load: _Load, statuses: bytes) -> None:
         if load.refs:
             self._client.release(load.refs)
-            num_tokens = num_refs(load.refs) * self._link.block_tokens
-            self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
         load.record.loading = False
         if not load.num_unleased and not any(statuses):
             return

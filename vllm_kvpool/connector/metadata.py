@@ -65,6 +65,8 @@ class KVPoolMetadata(KVConnectorMetadata):
     worker time. None otherwise."""
     loads: tuple[LoadJob, ...] = ()
     stores: tuple[CopyJob, ...] = ()
+    computes: bool = True
+    """Whether the step computes tokens. If not, the engine may have nothing else to do than to wait for its loads."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_kvpool.config import ConnectorConfig
@@ -123,7 +123,8 @@ class SchedulerSide:
                 self._stores.offer(record, num_computed + output.num_scheduled_tokens[request_id])
         self._pulls.end_step()
         loads, stores = self._loads.take_planned(), self._stores.take_planned()
-        return KVPoolMetadata(self._attachment(bool(loads or stores)), loads, stores)
+        attachment = self._attachment(bool(loads or stores))
+        return KVPoolMetadata(attachment, loads, stores, output.total_num_scheduled_tokens > 0)
 
     def _learn_prefills(self, now_s: float) -> None:
         for num_tokens, seconds in self._prefills.take_finished(now_s):
@@ -138,9 +139,10 @@ class SchedulerSide:
         self._announced = attachment
         return attachment
 
-    def end_step(self, reports: Mapping[int, JobReport]) -> None:
+    def end_step(self, loaded: Collection[str], reports: Mapping[int, JobReport]) -> None:
         """All that comes in, the daemon's answers too: the other threads of the engine are at rest now. When the next
         step is planned they wait for their turn, and would take it at our first system call."""
+        self._loads.announced(loaded)
         for number, report in reports.items():
             known = self._loads.report(number, report) or self._stores.report(number, report)
             assert known, f"a worker reports job {number}, which is not in flight"

@@ -3,6 +3,10 @@
 Copies run on the copy engine's threads, or by a GPU's DMA; hooks only start and poll them. A load
 always ends: one that gets nowhere for `load_deadline_ms` is stopped first and reported then, because
 vLLM may reuse its blocks as soon as it hears. Each job is reported once, by every worker.
+
+vLLM takes some milliseconds from hearing of a load to computing with it. So an engine that has nothing else to do
+hears of one whose last bytes are on their way; the next step that computes waits for them first, where they have not
+come by themselves.
 """
 
 from __future__ import annotations
@@ -60,6 +64,8 @@ class _Attached:
         self.engine = engine
         self.running: dict[int, CopyJob] = {}
         """By the engine's number of the copy."""
+        self.announced: set[int] = set()
+        """Loads among them that vLLM takes for ended."""
         self.progress_s = 0.0
         """When a copy was last started with none under way, or ended."""
         self.told_error = ""
@@ -95,6 +101,7 @@ class WorkerSide:
         self._reports: dict[int, JobReport] = {}
         self._loaded: set[str] = set()
         self._failed_blocks: set[int] = set()
+        self._computes = True
 
     # layout ---------------------------------------------------------------------------------------
 
@@ -122,6 +129,19 @@ class WorkerSide:
 
     # copies ---------------------------------------------------------------------------------------
 
+    def before_forward(self, metadata: KVPoolMetadata) -> None:
+        """Nothing is computed with blocks that are still on their way. RuntimeError: they were lost there, with the
+        device or with a lease, and vLLM cannot be told any more."""
+        self._computes = metadata.computes
+        attached = self._attached
+        if attached is None or not self._computes or not attached.announced:
+            return
+        for number in attached.announced:
+            attached.engine.wait(number, int(self._deadline_s * 1_000))
+        self._take_finished(attached)
+        if attached.announced:
+            raise RuntimeError("KV pool: the device does not end a load")
+
     def start(self, metadata: KVPoolMetadata) -> None:
         attached = self._attach(metadata.attachment)
         if not metadata.loads and not metadata.stores:
@@ -130,6 +150,7 @@ class WorkerSide:
         for load in metadata.loads:
             self._failed_blocks.update(load.unleased_blocks)
             if attached is None or not load.refs:
+                self._loaded.add(load.request_id)
                 self._end(load, bytes([COPY_CANCELLED]) * num_refs(load.refs), 0.0)
                 continue
             number = attached.engine.submit_load(load.refs, load.blocks, stream)
@@ -191,6 +212,8 @@ class WorkerSide:
         if attached is None or not attached.running:
             return
         self._take_finished(attached)
+        if not self._computes:
+            self._announce(attached)
         if time.monotonic() < attached.progress_s + self._deadline_s:
             return
         for number, job in list(attached.running.items()):
@@ -198,13 +221,28 @@ class WorkerSide:
                 attached.engine.cancel(number)
         self._take_finished(attached)
 
+    def _announce(self, attached: _Attached) -> None:
+        for number in attached.engine.arriving():
+            job = attached.running.get(number)
+            if isinstance(job, LoadJob) and number not in attached.announced:
+                attached.announced.add(number)
+                self._loaded.add(job.request_id)
+
     def _take_finished(self, attached: _Attached) -> None:
         for number, statuses, nanoseconds in attached.engine.poll():
             attached.progress_s = time.monotonic()
             if COPY_FAILED in statuses and attached.told_error != attached.engine.error:
                 attached.told_error = attached.engine.error
                 logger.error("KV pool: copies failed: %s", attached.told_error)
-            self._end(attached.running.pop(number), statuses, nanoseconds / 1e9)
+            job = attached.running.pop(number)
+            if isinstance(job, LoadJob) and number not in attached.announced:
+                self._loaded.add(job.request_id)
+            elif number in attached.announced and any(statuses):
+                raise RuntimeError(
+                    f"KV pool: a load broke off at its end: {attached.engine.error or 'a slot was lost'}"
+                )
+            attached.announced.discard(number)
+            self._end(job, statuses, nanoseconds / 1e9)
 
     def _end(self, job: CopyJob, statuses: bytes, seconds: float) -> None:
         assert self._layout is not None
@@ -212,7 +250,6 @@ class WorkerSide:
         kind = "store"
         if isinstance(job, LoadJob):
             kind = "load"
-            self._loaded.add(job.request_id)
             if any(statuses):
                 blocks = array("I", job.blocks)
                 pairs = zip(blocks, statuses, strict=True)

@@ -6,6 +6,8 @@
 //
 // Guarantees: a job is reported once; after `cancel` returns nothing touches its memory; a load is COPY_OK only when
 // the slot held that very block before and after the copy, and its checksum fits where one is due.
+//
+// `arriving` tells of loads that are about to end, so that whoever prepares to use one need not wait for its end first.
 #pragma once
 
 #include <atomic>
@@ -57,6 +59,11 @@ class CopyEngine {
     // The copies come after all that `stream` (of the backend's device) has been given so far.
     uint64_t submit(Direction direction, std::vector<CopyBlock> blocks, uint64_t stream = 0);
     std::vector<FinishedCopy> poll();
+    // Loads whose last bytes are on their way: all slots were found good before the copy, no batch has ended badly, and
+    // only the loss of the device, or of a lease, can still spoil them.
+    std::vector<uint64_t> arriving();
+    // Until `job` has ended, or so many milliseconds. Whether it has.
+    bool wait(uint64_t job, uint64_t milliseconds);
     void cancel(uint64_t job);
     void close();  // cancels all and joins the threads; `poll` may follow
 
@@ -68,8 +75,10 @@ class CopyEngine {
         Fence fence;
         std::vector<CopyStatus> status;
         uint64_t started_ns;
-        size_t next = 0;  // first block that no thread has taken
-        size_t busy = 0;  // batches being copied now
+        size_t next = 0;        // first block that no thread has taken
+        size_t busy = 0;        // batches being copied now
+        size_t on_the_way = 0;  // blocks, of batches without a bad one
+        bool good = true;       // no batch has ended badly
     };
     using Jobs = std::map<uint64_t, std::shared_ptr<Job>>;
     // Blocks of one job that one thread copies.
@@ -85,7 +94,8 @@ class CopyEngine {
     void put_back(const Batch& batch, const std::vector<CopyStatus>& status);
     void finish(const std::shared_ptr<Job>& job);
 
-    std::vector<CopyStatus> copy(unsigned thread, const Batch& batch) const;
+    std::vector<CopyStatus> copy(unsigned thread, const Batch& batch);
+    void note_on_the_way(const Batch& batch);
     CopyStatus check_before(Direction direction, SlotRef ref) const;
     CopyStatus check_after(Direction direction, SlotRef ref) const;
     bool is_ours(Direction direction, SlotRef ref) const;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -45,9 +46,10 @@ class CopyBackend {
     virtual bool serves(unsigned thread, Direction direction) const = 0;
     virtual size_t batch_blocks() const = 0;  // the most blocks that `copy` is given
     virtual Fence fence(uint64_t stream) = 0;
-    // False: the device refused, see `error`; what has arrived of the bytes is unknown.
-    virtual bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards,
-                      const Fence& fence) = 0;
+    // False: the device refused, see `error`; what has arrived of the bytes is unknown. `on_the_way` is called when it
+    // has been given all copies: only the loss of the device can keep the bytes from arriving then.
+    virtual bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
+                      const std::function<void()>& on_the_way) = 0;
     virtual void close() = 0;
 
     // For the log and for tests.

@@ -1,0 +1,169 @@
+"""Loads that vLLM hears of before their end, because it has nothing else to do.
+
+The copies here are real and begin as late as they may: in the step that computes with their blocks, when it waits for
+them. A step that did not wait would find other bytes there, and the model of `mini_engine` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+from helpers import Daemon, until
+
+from vllm_kvpool._native import COPY_FAILED, COPY_STALE, CopyEngine
+from vllm_kvpool.types import SlotRefs, num_refs
+
+MakeEngine = Callable[..., MiniEngine]
+PROMPT = prompt_of(1, 10 * BLOCK + 1)
+BLOCKS = 10
+
+
+class LateCopies:
+    """A copy engine whose loads arrive at once and end when somebody waits for them, as `ends_as`."""
+
+    error = "CUDA_ERROR_ILLEGAL_ADDRESS"
+
+    def __init__(self, engine: CopyEngine) -> None:
+        self._engine = engine
+        self._late: dict[int, tuple[SlotRefs, bytes]] = {}
+        self._ended: list[tuple[int, bytes, int]] = []
+        self.ends_as: int | None = None
+        self.waits = 0
+
+    def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
+        number = 1_000_000 + self.waits + len(self._late)
+        self._late[number] = (refs, blocks)
+        return number
+
+    def submit_store(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
+        return self._engine.submit_store(refs, blocks, stream)
+
+    def arriving(self) -> list[int]:
+        return list(self._late)
+
+    def wait(self, number: int, milliseconds: int) -> bool:
+        refs, blocks = self._late.pop(number)
+        self.waits += 1
+        if self.ends_as is None:
+            real = self._engine.submit_load(refs, blocks)
+            assert self._engine.wait(real, milliseconds)
+            ended = self._engine.poll()
+            self._ended += [(number if job == real else job, *rest) for job, *rest in ended]
+        else:
+            self._ended.append((number, bytes([self.ends_as]) * num_refs(refs), 1))
+        return True
+
+    def poll(self) -> list[tuple[int, bytes, int]]:
+        ended, self._ended = self._ended, []
+        return ended + self._engine.poll()
+
+    def cancel(self, number: int) -> None:
+        self.wait(number, 10_000)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def loaded(make_engine: MakeEngine, daemon: Daemon, **options: bool) -> MiniEngine:
+    """An engine whose pool, but not whose KV cache, holds the blocks of PROMPT."""
+    engine = make_engine(**options)
+    engine.generate(PROMPT, 1)
+    until(lambda: daemon.counter("ready") == BLOCKS)
+    engine.reset_prefix_cache()
+    attached = engine.worker._worker._attached
+    attached.engine = LateCopies(attached.engine)
+    return engine
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def loader(
+    make_engine: MakeEngine, daemon: Daemon, request: pytest.FixtureRequest
+) -> Iterator[MiniEngine]:
+    engine = loaded(make_engine, daemon, asynchronous=request.param)
+    yield engine
+    engine.run()
+    assert engine.free_blocks == 255
+    assert engine.connector._scheduler._link.client.view.leased_slots == 0
+
+
+def copies_of(engine: MiniEngine) -> LateCopies:
+    copies = engine.worker._worker._attached.engine
+    assert isinstance(copies, LateCopies)
+    return copies
+
+
+def test_step_that_computes_waits_for_the_load(loader: MiniEngine) -> None:
+    assert loader.generate(PROMPT) == (expected_output(PROMPT), BLOCKS * BLOCK)
+    assert copies_of(loader).waits == 1
+    assert loader.stats["load_bytes"] > 0
+
+
+def test_engine_with_other_work_is_not_held_up(loader: MiniEngine) -> None:
+    """It hears of the load at its end, which nobody waits for."""
+    other = prompt_of(2, 3 * BLOCK)
+    loader.add(other, 8)
+    loader.step()
+    request_id = loader.add(PROMPT)
+    for _ in range(4):
+        loader.step()
+    assert copies_of(loader).waits == 0
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"), [(COPY_FAILED, "ILLEGAL_ADDRESS"), (COPY_STALE, "a slot was lost")]
+)
+def test_engine_ends_rather_than_compute_with_wrong_bytes(
+    make_engine: MakeEngine, daemon: Daemon, status: int, reason: str
+) -> None:
+    """The device is lost, and the engine with it, or the pool has broken its promise."""
+    engine = loaded(make_engine, daemon)
+    copies_of(engine).ends_as = status
+    if status == COPY_STALE:
+        copies_of(engine).error = ""
+    engine.add(PROMPT)
+    with pytest.raises(RuntimeError, match=reason):
+        engine.run()
+
+
+@pytest.mark.parametrize("steps", range(1, 6))
+def test_nothing_is_left_of_a_request_that_ends_before_its_load(
+    loader: MiniEngine, steps: int
+) -> None:
+    request_id = loader.add(PROMPT)
+    for _ in range(steps):
+        loader.step()
+    loader.abort(request_id)
+    loader.run()
+    assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
+
+
+def test_two_requests_of_one_prefix(loader: MiniEngine) -> None:
+    other = prompt_of(1, 9 * BLOCK + 1)
+    ids = [loader.add(PROMPT), loader.add(other)]
+    loader.run()
+    assert [loader.outputs[one] for one in ids] == [expected_output(PROMPT), expected_output(other)]
+
+
+def test_request_that_comes_while_the_other_arrives(loader: MiniEngine) -> None:
+    """Its forward is the step that has to wait, for a load that is not its own."""
+    first = loader.add(PROMPT)
+    loader.step()
+    loader.step()
+    other = prompt_of(3, 2 * BLOCK)
+    second = loader.add(other)
+    loader.run()
+    assert loader.outputs[first] == expected_output(PROMPT)
+    assert loader.outputs[second] == expected_output(other)
+
+
+def test_pool_that_is_replaced_meanwhile(loader: MiniEngine, daemon: Daemon) -> None:
+    request_id = loader.add(PROMPT)
+    loader.step()
+    loader.step()
+    loader.worker._worker._detach()
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(PROMPT)
