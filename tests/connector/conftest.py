@@ -51,9 +51,11 @@ def make_engine(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     engines: list[MiniEngine] = []
 
-    def make(*, extra: dict[str, Any] | None = None, **options: Any) -> MiniEngine:
+    def make(
+        *, model: Path = tiny_model, extra: dict[str, Any] | None = None, **options: Any
+    ) -> MiniEngine:
         common = {"pool": daemon.name, "shm_dir": str(daemon.shm_dir), "checksum": "all"}
-        engines.append(MiniEngine(tiny_model, extra={**common, **(extra or {})}, **options))
+        engines.append(MiniEngine(model, extra={**common, **(extra or {})}, **options))
         return engines[-1]
 
     yield make

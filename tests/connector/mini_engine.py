@@ -28,7 +28,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -40,6 +40,8 @@ from vllm_kvpool.connector.stats import KVPoolStats
 
 BLOCK = 16
 HEADS, HEAD_SIZE = 2, 8
+LATENT_SIZE = 24
+"""With MLA: of the one vector that a token has in each rank."""
 LAYERS = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
 VOCABULARY = 256
 
@@ -112,14 +114,17 @@ class MiniWorker:
 
     def __init__(self, config: VllmConfig, kv_config: Any, rank: int, kv_order: str) -> None:
         self.connector = KVPoolConnector(config, KVConnectorRole.WORKER, kv_config)
-        whole = torch.zeros((len(LAYERS), kv_config.num_blocks, HEADS, BLOCK, 2 * HEAD_SIZE))
+        mla = config.model_config.use_mla
+        inner = (1, BLOCK, LATENT_SIZE) if mla else (HEADS, BLOCK, 2 * HEAD_SIZE)
+        whole = torch.zeros((len(LAYERS), kv_config.num_blocks, *inner))
         if kv_order == "BLHNC":
             whole = whole.transpose(0, 1).contiguous().transpose(0, 1)
         self.kv_caches = dict(zip(LAYERS, whole, strict=True))
         self.connector.register_kv_caches(self.kv_caches)
         self.store_delay_steps = 0
         self.report_delay_steps = 0
-        self._rank = rank
+        self._offset = 0 if mla else rank * 100
+        """Of its numbers: each rank has other heads, but with MLA the same vectors."""
         self._stores_due: deque[KVPoolMetadata] = deque()
         self._step = 0
 
@@ -161,8 +166,8 @@ class MiniWorker:
         start, end = span.start, len(span.tokens)
         numbers = torch.tensor(prefix_numbers(span.tokens))
         rows = torch.tensor(span.table[: -(-end // BLOCK)])
-        for layer, cache in enumerate(self.kv_caches.values(), self._rank * 100):
-            places = cache[rows].transpose(1, 2).reshape(-1, HEADS, 2 * HEAD_SIZE)
+        for layer, cache in enumerate(self.kv_caches.values(), self._offset):
+            places = cache[rows].transpose(1, 2).flatten(0, 1)
             wrong = (places[:start] != (numbers[:start] + layer)[:, None, None]).nonzero()
             assert not len(wrong), (
                 f"{span.request_id}: token {wrong[0][0]} of {start} is not in row {rows[wrong[0][0] // BLOCK]}"
@@ -234,6 +239,10 @@ class MiniEngine:
         spec = FullAttentionSpec(
             block_size=BLOCK, num_kv_heads=HEADS, head_size=HEAD_SIZE, dtype=torch.float32
         )
+        if self.config.model_config.use_mla:
+            spec = MLAAttentionSpec(
+                block_size=BLOCK, num_kv_heads=1, head_size=LATENT_SIZE, dtype=torch.float32
+            )
         specs = dict.fromkeys(LAYERS, spec)
         memory = 1 << 28
         return kv_cache_utils.get_kv_cache_configs(self.config, [specs], [memory])[0]

@@ -166,7 +166,7 @@ def test_missing_layout_of_a_worker_turns_the_pool_off(
 ) -> None:
     engine = make_engine(connect=False)
     link = engine.connector._scheduler._link
-    link._layouts, link._num_workers = [], 2
+    link._slot, link._num_workers = None, 2
     engine.connector.set_xfer_handshake_metadata_pp_aware(
         {(0, 0): engine.worker.get_handshake_metadata()}
     )

@@ -28,9 +28,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.arms import QUIET, print_failure, runner_env, work_folder
-from benchmarks.offline import make_model
+from benchmarks.offline import kv_bytes_per_token, make_model
 from benchmarks.processes import ChildProcess, PoolDaemon, free_port, kv_transfer_config
-from vllm_kvpool.config import SHM_DIR
+from vllm_kvpool._native import PoolView
+from vllm_kvpool.config import SHM_DIR, pool_dir
+from vllm_kvpool.paths import PoolPaths
 
 ENGINE = Path(__file__).with_name("variant_engine.py")
 ENGINE_TIMEOUT_S = 150.0
@@ -52,6 +54,9 @@ NGRAMS = {
     "prompt_lookup_min": 1,
 }
 TWO_GPUS = {"tensor_parallel_size": 2, "disable_custom_all_reduce": True}
+MLA = "tiny-mla"
+SHARD_EXTRA_BYTES = 8, 264
+"""A trailer, and padding."""
 CROWDED_TOKENS = 4_800
 """What the KV cache holds: 24 requests of 320 to 1,020 tokens want three times that."""
 
@@ -77,10 +82,10 @@ VARIANTS = {
     "synchronous_scheduling": Variant({"async_scheduling": False}),
     "ngram_speculation": Variant({"speculative_config": NGRAMS}),
     "fp8": Variant({"kv_cache_dtype": "fp8"}),
-    "mla": Variant(model="tiny-mla"),
+    "mla": Variant(model=MLA),
     "every_block_checked": Variant(pool={"checksum": "all"}),
     "tp2": Variant(TWO_GPUS, others=True),
-    "tp2_mla": Variant(TWO_GPUS, model="tiny-mla"),
+    "tp2_mla": Variant(TWO_GPUS, model=MLA, others=True),
 }
 
 
@@ -108,6 +113,7 @@ class Runs:
             self._crowded()
         else:
             self._hits()
+        self._check_slots()
         return self.problems
 
     def _hits(self) -> None:
@@ -128,6 +134,21 @@ class Runs:
             self.problems.append(f"{engine} engine: other outputs from the pool: {told}")
         if not result["counters"].get("hit_tokens"):
             self.problems.append(f"{engine} engine: no hit was counted")
+
+    def _check_slots(self) -> None:
+        """A slot holds a shard for each rank, which together are the block once; with MLA, where every rank has all of
+        it, the slot is one shard."""
+        variant = self._variant
+        pool = PoolView.open(str(PoolPaths(pool_dir(self._pool, SHM_DIR)).pool))
+        spaces = [(json.loads(one["description"]), one) for one in pool.info()["namespaces"]]
+        ((fields, space),) = (pair for pair in spaces if pair[0]["epoch"] == self.name)
+        kv_dtype = variant.engine.get("kv_cache_dtype", "auto")
+        block_bytes = kv_bytes_per_token(variant.model, kv_dtype) * int(fields["block_tokens"])
+        shards = 1 if variant.model == MLA else num_gpus(self.name)
+        least, most = (block_bytes + shards * extra for extra in SHARD_EXTRA_BYTES)
+        self.remarks.append(f"{space['ready']} slots of {space['slot_bytes']:,} bytes")
+        if not (least <= space["slot_bytes"] <= most and space["ready"]):
+            self.problems.append(f"{self.remarks[-1]}, where a block has {block_bytes:,}")
 
     def _crowded(self) -> None:
         """Far more requests than the KV cache holds: blocks are taken from requests while they are stored, and loaded

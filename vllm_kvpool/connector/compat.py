@@ -116,6 +116,16 @@ def layer_page_bytes(kv_cache_config: Any) -> dict[str, int]:
     return pages
 
 
+def ranks_hold_the_same(vllm_config: Any, kv_cache_config: Any) -> bool:
+    """Whether every tensor-parallel rank has the whole KV of its layers, as with MLA: one vector a token, not one a
+    head. A drafter with heads beside it has shards. `kv_cache_config`: a worker's, which knows each layer."""
+    groups = kv_cache_config.kv_cache_groups
+    specs = [spec for group in groups for spec in layer_specs(group.kv_cache_spec)]
+    return bool(vllm_config.model_config.use_mla) and all(
+        isinstance(spec, MLAAttentionSpec) for spec in specs
+    )
+
+
 def attention_backend(vllm_config: Any, layer: str) -> str:
     """Name of the attention backend of a layer ("" when vLLM does not tell): it decides how a page
     is laid out inside."""

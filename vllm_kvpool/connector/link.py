@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from vllm_kvpool.config import ConnectorConfig, pool_dir
 from vllm_kvpool.connector import compat
 from vllm_kvpool.connector.metadata import PoolAttachment, WorkerLayout
 from vllm_kvpool.connector.namespace import build_namespace, static_fields
+from vllm_kvpool.connector.shards import SlotDivision, divide_slot
 from vllm_kvpool.errors import PoolUnavailable
 from vllm_kvpool.keys import key_mask
 from vllm_kvpool.launch import ensure_daemon
@@ -47,7 +47,8 @@ class PoolLink:
         self.block_tokens = compat.block_tokens(vllm_config, kv_cache_config)
         self._fields = static_fields(vllm_config, config, self.block_tokens)
         self._num_workers = int(vllm_config.parallel_config.world_size)
-        self._layouts: list[WorkerLayout] = []
+        self._slot: SlotDivision | None = None
+        """None before the workers have told their layouts."""
         self._attachment: PoolAttachment | None = None
         self._digest = b""
         self._salt = b""
@@ -83,7 +84,7 @@ class PoolLink:
 
     @property
     def num_workers(self) -> int:
-        return len(self._layouts)
+        return 0 if self._slot is None else len(self._slot.shards)
 
     @property
     def usable(self) -> bool:
@@ -107,13 +108,13 @@ class PoolLink:
                 "KV pool: off, %d of %d workers told their layout", len(layouts), self._num_workers
             )
             return
-        self._layouts = [layouts[rank] for rank in sorted(layouts)]
+        self._slot = divide_slot(layouts)
 
     # client ---------------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Make the client as soon as everything is known. Cheap to call again."""
-        if self.client is not None or not self._layouts:
+        if self.client is not None or self._slot is None:
             return
         none_hash = compat.none_hash()
         if none_hash is None:
@@ -124,9 +125,8 @@ class PoolLink:
                 "can use its blocks, nor can it after a restart. Start every engine of the pool "
                 "with: export PYTHONHASHSEED=0"
             )
-        slot_bytes = sum(layout.shard_bytes for layout in self._layouts)
-        layouts = [layout.layout for layout in self._layouts]
-        namespace = build_namespace(self._fields, none_hash, layouts, slot_bytes)
+        slot = self._slot
+        namespace = build_namespace(self._fields, none_hash, slot.layouts, slot.slot_bytes)
         self._digest = namespace.digest
         self.mask = key_mask(self._digest, GROUP, self._salt)
         self.client = PoolClient(self._folder, namespace)
@@ -213,18 +213,13 @@ class PoolLink:
     def attachment(self) -> PoolAttachment | None:
         """What workers need to copy to and from the pool that is mapped now."""
         assert self.client is not None
+        assert self._slot is not None
         view = self.client.view
         if view is None:
             return None
         if self._attachment is None or self._attachment.pool_id != view.pool_id:
-            ends = accumulate(layout.shard_bytes for layout in self._layouts)
-            offsets = {
-                layout.worker: end - layout.shard_bytes
-                for layout, end in zip(self._layouts, ends, strict=True)
-            }
-            self._attachment = PoolAttachment(
-                str(self.client.pool_path), view.pool_id, str(self.client.lock_path), offsets
-            )
+            path, lock = str(self.client.pool_path), str(self.client.lock_path)
+            self._attachment = PoolAttachment(path, view.pool_id, lock, self._slot.shards)
         return self._attachment
 
     def hide_stored_blocks(self) -> None:
@@ -235,7 +230,7 @@ class PoolLink:
             self.mask = key_mask(self._digest, GROUP, self._salt)
 
     def close(self) -> None:
-        self._layouts = []  # no new client is made
+        self._slot = None  # no new client is made
         self._settling = False
         if self.client is not None:
             self.client.close()

@@ -22,10 +22,28 @@ class WorkerLayout(KVConnectorHandshakeMetadata):
     """How one worker's part of a block looks."""
 
     worker: str
-    """Drawn by the worker: names it in `PoolAttachment.shard_offsets`."""
+    """Drawn by the worker: names it in `PoolAttachment.shards`."""
     shard_bytes: int
     layout: str
     """Layers, shapes and strides, for the namespace: workers that differ must not share blocks."""
+    replicated: bool
+    """Whether the other tensor-parallel ranks hold the same bytes."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A worker's part of each slot, and of storing it."""
+
+    offset: int
+    """In the slot."""
+    turn: int
+    """Of the `num_holders` workers that hold the same bytes, and share this shard."""
+    num_holders: int
+
+    def stored_blocks(self, job: int) -> slice:
+        """Those blocks of a store that this worker copies: each is one holder's. Jobs begin with
+        another one each, as many are of a single block."""
+        return slice((self.turn - job) % self.num_holders, None, self.num_holders)
 
 
 @dataclass(frozen=True)
@@ -36,8 +54,8 @@ class PoolAttachment:
     pool_id: str
     lock_path: str
     """The engine's lock file: share it before the first copy."""
-    shard_offsets: dict[str, int]
-    """Worker -> where its shard begins in a slot."""
+    shards: dict[str, Shard]
+    """By worker."""
 
 
 @dataclass(frozen=True)

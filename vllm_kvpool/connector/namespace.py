@@ -56,7 +56,7 @@ def static_fields(vllm_config: Any, config: ConnectorConfig, block_tokens: int) 
 def build_namespace(
     known: Mapping[str, str], none_hash: bytes, layouts: Sequence[str], slot_bytes: int
 ) -> Namespace:
-    """`known`: `static_fields`; `layouts`: of all workers, by rank."""
+    """`known`: `static_fields`; `layouts`: of a slot's shards, in their order."""
     fields = {**known, "none_hash": _short(none_hash), "layout": _joined(layouts)}
     return Namespace(digest=namespace_digest(fields), slot_bytes=slot_bytes, fields=fields)
 
@@ -145,7 +145,7 @@ def _drafter(speculative: Any) -> str:
 def _joined(layouts: Sequence[str]) -> str:
     if len(set(layouts)) == 1:
         return f"{len(layouts)} x {layouts[0]}"
-    return f"{len(layouts)} workers sha256:{_short(json.dumps(list(layouts)).encode())}"
+    return f"{len(layouts)} shards sha256:{_short(json.dumps(list(layouts)).encode())}"
 
 
 def _short(data: bytes) -> str:

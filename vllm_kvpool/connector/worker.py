@@ -2,7 +2,7 @@
 
 Copies run on the copy engine's threads, or by a GPU's DMA; hooks only start and poll them. A load
 always ends: one that gets nowhere for `load_deadline_ms` is stopped first and reported then, because
-vLLM may reuse its blocks as soon as it hears. Each job is reported once, by every worker.
+vLLM may reuse its blocks as soon as it hears. Each job is reported once, by every worker, of all its blocks.
 
 vLLM takes some milliseconds from hearing of a load to computing with it. So an engine that has nothing else to do
 hears of one whose last bytes are on their way; the next step that computes waits for them first, where they have not
@@ -39,13 +39,14 @@ from vllm_kvpool.connector.metadata import (
     KVPoolWorkerMetadata,
     LoadJob,
     PoolAttachment,
+    Shard,
     WorkerLayout,
 )
 from vllm_kvpool.connector.stats import KVPoolStats
 from vllm_kvpool.errors import PoolUnavailable
 from vllm_kvpool.liveness import ClientLock
 from vllm_kvpool.paths import check_folder
-from vllm_kvpool.types import num_refs
+from vllm_kvpool.types import num_refs, unpack_refs
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,10 @@ LOCK_WAIT_S = 1.0
 class _Attached:
     """The pool as this worker has it mapped, and the copies under way there."""
 
-    def __init__(self, pool_id: str, lock: ClientLock, engine: CopyEngine) -> None:
+    def __init__(self, pool_id: str, lock: ClientLock, engine: CopyEngine, shard: Shard) -> None:
         self.pool_id = pool_id
         self.engine = engine
+        self.shard = shard
         self.running: dict[int, CopyJob] = {}
         """By the engine's number of the copy."""
         self.announced: set[int] = set()
@@ -80,6 +82,15 @@ class _Attached:
         if not self.running:
             self.progress_s = time.monotonic()
         self.running[number] = job
+
+    def of_all_blocks(self, job: CopyJob, statuses: bytes) -> bytes:
+        """`statuses`: of those that were copied here. About the rest of a store its other holders
+        tell."""
+        if isinstance(job, LoadJob):
+            return statuses
+        known = bytearray([COPY_OK]) * num_refs(job.refs)
+        known[self.shard.stored_blocks(job.number)] = statuses
+        return bytes(known)
 
     def close(self) -> None:
         self.engine.close()
@@ -125,7 +136,8 @@ class WorkerSide:
         if self._layout is None:
             return None
         logger.info("KV pool: %d regions, %s", len(self._layout.regions), self._layout.text)
-        return WorkerLayout(self._name, self._layout.shard_bytes, self._layout.text)
+        same = compat.ranks_hold_the_same(self._vllm_config, self._kv_cache_config)
+        return WorkerLayout(self._name, self._layout.shard_bytes, self._layout.text, same)
 
     # copies ---------------------------------------------------------------------------------------
 
@@ -151,16 +163,24 @@ class WorkerSide:
             self._failed_blocks.update(load.unleased_blocks)
             if attached is None or not load.refs:
                 self._loaded.add(load.request_id)
-                self._end(load, bytes([COPY_CANCELLED]) * num_refs(load.refs), 0.0)
+                self._end(load, bytes([COPY_CANCELLED]) * num_refs(load.refs))
                 continue
             number = attached.engine.submit_load(load.refs, load.blocks, stream)
             attached.started(number, load)
         for store in metadata.stores:
             if attached is None:
-                self._end(store, bytes([COPY_CANCELLED]) * num_refs(store.refs), 0.0)
+                self._end(store, bytes([COPY_CANCELLED]) * num_refs(store.refs))
                 continue
-            number = attached.engine.submit_store(store.refs, store.blocks, stream)
-            attached.started(number, store)
+            self._start_store(attached, store, stream)
+
+    def _start_store(self, attached: _Attached, store: CopyJob, stream: int) -> None:
+        own = attached.shard.stored_blocks(store.number)
+        refs, blocks = unpack_refs(store.refs)[own], array("I", store.blocks)[own]
+        if not refs:
+            self._end(store, bytes([COPY_OK]) * num_refs(store.refs))
+            return
+        number = attached.engine.submit_store(refs.tobytes(), blocks.tobytes(), stream)
+        attached.started(number, store)
 
     def _attach(self, attachment: PoolAttachment | None) -> _Attached | None:
         """Map the pool of `attachment`, if it is another one than before. None: it cannot be
@@ -186,14 +206,14 @@ class WorkerSide:
         if view.pool_id != attachment.pool_id:
             raise OSError("it was replaced by another pool")
         regions = [(base, stride, nbytes) for base, stride, nbytes in self._layout.regions]
-        offset = attachment.shard_offsets[self._name]
-        engine = CopyEngine(view, regions, offset, self._checksum, device=self._device.index)
+        shard = attachment.shards[self._name]
+        engine = CopyEngine(view, regions, shard.offset, self._checksum, device=self._device.index)
         assert engine.shard_bytes == self._layout.shard_bytes
         lock = ClientLock(Path(attachment.lock_path))
         if not lock.hold(LOCK_WAIT_S):
             raise OSError(f"cannot share the engine's lock file {attachment.lock_path}")
         logger.info("KV pool: mapped %s, copies by %s", attachment.pool_path, engine.backend)
-        return _Attached(view.pool_id, lock, engine)
+        return _Attached(view.pool_id, lock, engine, shard)
 
     def _detach(self) -> None:
         attached = self._attached
@@ -238,26 +258,27 @@ class WorkerSide:
             if isinstance(job, LoadJob) and number not in attached.announced:
                 self._loaded.add(job.request_id)
             elif number in attached.announced and any(statuses):
-                raise RuntimeError(
-                    f"KV pool: a load broke off at its end: {attached.engine.error or 'a slot was lost'}"
-                )
+                cause = attached.engine.error or "a slot was lost"
+                raise RuntimeError(f"KV pool: a load broke off at its end: {cause}")
             attached.announced.discard(number)
-            self._end(job, statuses, nanoseconds / 1e9)
+            self._count(job, statuses, nanoseconds / 1e9)
+            self._end(job, attached.of_all_blocks(job, statuses))
 
-    def _end(self, job: CopyJob, statuses: bytes, seconds: float) -> None:
+    def _count(self, job: CopyJob, statuses: bytes, seconds: float) -> None:
         assert self._layout is not None
+        kind = "load" if isinstance(job, LoadJob) else "store"
+        block_bytes = sum(region.nbytes for region in self._layout.regions)
+        self._stats.count(f"{kind}_bytes", statuses.count(COPY_OK) * block_bytes)
+        self._stats.observe(f"{kind}_seconds", seconds)
+
+    def _end(self, job: CopyJob, statuses: bytes) -> None:
+        """`statuses`: of all its blocks."""
         self._reports[job.number] = JobReport(1, statuses)
-        kind = "store"
         if isinstance(job, LoadJob):
-            kind = "load"
             if any(statuses):
                 blocks = array("I", job.blocks)
                 pairs = zip(blocks, statuses, strict=True)
                 self._failed_blocks.update(block for block, status in pairs if status != COPY_OK)
-        if seconds:  # it was started
-            block_bytes = sum(region.nbytes for region in self._layout.regions)
-            self._stats.count(f"{kind}_bytes", statuses.count(COPY_OK) * block_bytes)
-            self._stats.observe(f"{kind}_seconds", seconds)
 
     # what vLLM asks for at the end of a step ------------------------------------------------------
 
