@@ -103,7 +103,7 @@ def make_mla_engine(make_engine: MakeEngine, mla_model: Path) -> MakeEngine:
 def test_trap_22_ranks_with_mla_store_one_copy_that_both_load(
     make_mla_engine: MakeEngine, daemon: Daemon, asynchronous: bool, late: int
 ) -> None:
-    """Each stores every other block: none is visible, and no request runs, before both have told."""
+    """Each stores half of the blocks: none is visible, and no request runs, before both have told."""
     engines = [make_mla_engine(asynchronous=asynchronous) for _ in range(2)]
     for engine in engines:
         engine.workers[late].report_delay_steps = 3

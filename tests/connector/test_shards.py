@@ -54,16 +54,16 @@ def test_other_layouts_are_other_bytes() -> None:
     assert slot.shards == {"0.0": Shard(0, 0, 1), "0.1": Shard(256, 0, 1)}
 
 
+@pytest.mark.parametrize("num_blocks", [1, 2, 7])
 @pytest.mark.parametrize("num_holders", [1, 2, 3])
-def test_each_block_of_a_store_is_one_holders(num_holders: int) -> None:
+def test_each_block_of_a_store_is_one_holders(num_holders: int, num_blocks: int) -> None:
     holders = [Shard(0, turn, num_holders) for turn in range(num_holders)]
-    firsts = []
+    totals = [0] * num_holders
     for job in range(12):
-        blocks = [list(range(7))[holder.stored_blocks(job)] for holder in holders]
-        assert sorted(itertools.chain.from_iterable(blocks)) == list(range(7))
-        firsts.append(next(holder.turn for holder in holders if 0 in blocks[holder.turn]))
-    for holder in holders:
-        assert firsts.count(holder.turn) == 12 // num_holders
+        parts = [list(range(num_blocks))[one.stored_blocks(job, num_blocks)] for one in holders]
+        assert sorted(itertools.chain.from_iterable(parts)) == list(range(num_blocks))
+        totals = [total + len(part) for total, part in zip(totals, parts, strict=True)]
+    assert totals == [12 * num_blocks // num_holders] * num_holders
 
 
 def kv_config(*specs: FullAttentionSpec) -> SimpleNamespace:

@@ -40,10 +40,12 @@ class Shard:
     """Of the `num_holders` workers that hold the same bytes, and share this shard."""
     num_holders: int
 
-    def stored_blocks(self, job: int) -> slice:
-        """Those blocks of a store that this worker copies: each is one holder's. Jobs begin with
-        another one each, as many are of a single block."""
-        return slice((self.turn - job) % self.num_holders, None, self.num_holders)
+    def stored_blocks(self, job: int, num_blocks: int) -> slice:
+        """Those of a store that this worker copies: each is one holder's. In one run, as slots that
+        follow each other are copied together; jobs begin with another holder each, as many are of
+        a single block."""
+        part = (self.turn + job) % self.num_holders
+        return slice(*(num_blocks * end // self.num_holders for end in (part, part + 1)))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """How a slot is divided: a shard for each worker, but one for all that hold the same bytes.
 
 With MLA the KV of a token is one vector, not one a head, and every tensor-parallel rank computes it whole. Then a slot
-holds one copy: each rank loads all of it, and the ranks take turns in storing blocks, so that a store costs each GPU's
-link its share of the bytes. A block is READY when all ranks have reported, as ever.
+holds one copy: each rank loads all of it, and the ranks share out the blocks of a store, so that each GPU's link moves
+its part of the bytes. A block is READY when all ranks have reported, as ever.
 """
 
 from __future__ import annotations

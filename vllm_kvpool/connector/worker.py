@@ -88,8 +88,9 @@ class _Attached:
         tell."""
         if isinstance(job, LoadJob):
             return statuses
-        known = bytearray([COPY_OK]) * num_refs(job.refs)
-        known[self.shard.stored_blocks(job.number)] = statuses
+        num_blocks = num_refs(job.refs)
+        known = bytearray([COPY_OK]) * num_blocks
+        known[self.shard.stored_blocks(job.number, num_blocks)] = statuses
         return bytes(known)
 
     def close(self) -> None:
@@ -174,7 +175,7 @@ class WorkerSide:
             self._start_store(attached, store, stream)
 
     def _start_store(self, attached: _Attached, store: CopyJob, stream: int) -> None:
-        own = attached.shard.stored_blocks(store.number)
+        own = attached.shard.stored_blocks(store.number, num_refs(store.refs))
         refs, blocks = unpack_refs(store.refs)[own], array("I", store.blocks)[own]
         if not refs:
             self._end(store, bytes([COPY_OK]) * num_refs(store.refs))
