@@ -9,7 +9,9 @@ big copy of as many bytes from and to pinned memory, in the same run. Seed 7.
 Caveats. Nothing else runs on the GPU. The pool is populated, and the copy engine has registered it and chosen its way
 of copying (`--way` forces one), before anything is timed. "processor" is the time of all threads of this process (user
 and system) for a GiB, less what polling once a millisecond takes when nothing is copied; "submit" is how long the call
-that starts all blocks keeps its caller. Checksums are off but in the last rows: there the processor reads every block
+that starts all blocks keeps its caller. The second table says where that time goes: asking the device for copies and
+waiting for batches of them, as the copying threads measure it, and the rest: checks before and after each block, and
+handing work from thread to thread. Checksums are off but in the last rows: there the processor reads every block
 that carries one (the connector's default is "sampled", one block in 64).
 """
 
@@ -148,14 +150,22 @@ def run(engine: CopyEngine, submits: list[Submit], poll_s: float) -> Cost:
 def measure(engine: CopyEngine, submits: list[Submit], num_bytes: int, repeats: int) -> Any:
     run(engine, submits, POLL_S)
     quick = [run(engine, submits, POLL_S) for _ in range(repeats)]
+    before = engine.costs
     calm = [run(engine, submits, CALM_POLL_S) for _ in range(repeats)]
+    after = engine.costs
     polling = polling_share(engine)
     own_s = statistics.median(cost.processor_s - polling * cost.seconds for cost in calm)
+    gib = num_bytes / GIB
+    per_gib = {name: (after[name] - before[name]) / repeats / gib for name in after}
     return {
         "gb_per_s": num_bytes / statistics.median(cost.seconds for cost in quick) / 1e9,
         "submit_us": statistics.median(cost.submit_s for cost in quick) * 1e6,
-        "processor_ms_per_gib": own_s * 1e3 / (num_bytes / GIB),
+        "processor_ms_per_gib": own_s * 1e3 / gib,
         "polling_ms_per_s": polling * 1e3,
+        "copies_per_gib": per_gib["copies"],
+        "batches_per_gib": per_gib["batches"],
+        "start_ms_per_gib": per_gib["start_ns"] / 1e6,
+        "wait_ms_per_gib": per_gib["wait_ns"] / 1e6,
     }
 
 
@@ -234,9 +244,13 @@ def slot_bytes_of(regions: list[tuple[int, int, int]]) -> int:
     return -(-(sum(nbytes for _, _, nbytes in regions) + 8) // 256) * 256
 
 
+def row_name(result: dict[str, Any]) -> str:
+    size = f"{result['fragment_bytes'] >> 10:,} KiB"
+    return size if result["checksum"] == "off" else f"{size}, {result['checksum']}"
+
+
 def print_row(result: dict[str, Any], best: dict[str, float]) -> None:
-    size = result["fragment_bytes"] >> 10
-    cells = [f"{size:,} KiB" + ("" if result["checksum"] == "off" else f", {result['checksum']}")]
+    cells = [row_name(result)]
     for kind in ("load", "store", "both"):
         rate = result[kind]["gb_per_s"]
         share = f" ({rate / best[kind]:.0%})" if best else ""
@@ -253,7 +267,22 @@ def print_table(results: list[dict[str, Any]], best: dict[str, float]) -> None:
     )
     for result in results:
         print_row(result, best)
+    print_processor_time(results)
     print(f"\none big pinned copy: {', '.join(f'{k} {v:.1f}' for k, v in best.items())} GB/s")
+
+
+def print_processor_time(results: list[dict[str, Any]]) -> None:
+    print(
+        "\n| a GiB of | copies | batches | processor, ms | to start copies | to wait | the rest |"
+        "\n|---|---:|---:|---:|---:|---:|---:|"
+    )
+    for result in results:
+        for kind in ("load", "store"):
+            cost = result[kind]
+            whole, start, wait = (cost[f"{of}_ms_per_gib"] for of in ("processor", "start", "wait"))
+            counts = [f"{cost[f'{what}_per_gib']:,.1f}" for what in ("copies", "batches")]
+            times = [f"{ms:.2f}" for ms in (whole, start, wait, whole - start - wait)]
+            print("| " + " | ".join([f"{row_name(result)} {kind}s", *counts, *times]) + " |")
 
 
 def main() -> None:

@@ -202,6 +202,9 @@ class CopyEngine:
     three failed copies in a row, or one error that ends the CUDA context, the device is not asked again."""
     registered_bytes: int
     """Of the pool, known to the device by now. `backend` is final once there are any."""
+    costs: dict[str, int]
+    """Of a device's copies so far: batches (each is waited for once), copies (that the device was asked for), start_ns
+    and wait_ns (processor time of asking, and of falling asleep and waking up). For benchmarks; gone after `close`."""
     def submit_store(self, refs: Buffer, blocks: Buffer, stream: int = 0) -> int:
         """Start VRAM -> slot copies; `blocks` is n x uint32 block numbers. Returns a job number (> 0).
         `stream` is a cudaStream_t (0: the default stream): the copies come after all that it has been given so far."""

@@ -221,6 +221,16 @@ struct PyCopyEngine {
         return engine.submit(direction, unpack_blocks(refs, blocks), stream);
     }
 
+    nb::dict costs() const {
+        CopyCosts costs = engine.backend().costs();
+        nb::dict result;
+        result["batches"] = costs.batches;
+        result["copies"] = costs.copies;
+        result["start_ns"] = costs.start_ns;
+        result["wait_ns"] = costs.wait_ns;
+        return result;
+    }
+
     nb::list poll() {
         nb::list result;
         for (const FinishedCopy& done : engine.poll()) {
@@ -387,6 +397,7 @@ void bind_copy(nb::module_& m) {
         .def_prop_ro("backend", [](PyCopyEngine& c) { return c.engine.backend().describe(); })
         .def_prop_ro("error", [](PyCopyEngine& c) { return c.engine.backend().error(); })
         .def_prop_ro("registered_bytes", [](PyCopyEngine& c) { return c.engine.backend().registered_bytes(); })
+        .def_prop_ro("costs", &PyCopyEngine::costs)
         .def(
             "submit_store",
             [](PyCopyEngine& c, nb::handle refs, nb::handle blocks, uint64_t stream) {

@@ -22,7 +22,7 @@ class CpuBackend final : public CopyBackend {
 
     unsigned threads() const override { return threads_; }
     bool serves(unsigned, Direction) const override { return true; }
-    size_t batch_blocks() const override { return 1; }  // a thread that is done takes the next
+    size_t batch_blocks(size_t) const override { return 1; }  // a thread that is done takes the next
     Fence fence(uint64_t) override { return nullptr; }
     bool copy(unsigned, Direction direction, const std::vector<BlockShard>& shards, const Fence&,
               const std::function<void()>& on_the_way) override {
@@ -34,6 +34,7 @@ class CpuBackend final : public CopyBackend {
     std::string describe() const override { return "cpu"; }
     std::string error() const override { return ""; }
     uint64_t registered_bytes() const override { return 0; }
+    CopyCosts costs() const override { return {}; }  // copying is all that it does
 
   private:
     void move(Direction direction, const BlockShard& shard) const {

@@ -1,5 +1,7 @@
 // Copies by a CUDA device: two threads for each direction, each with its stream, so that one batch is under way while
 // the next is being checked, and a load never waits for a store.
+#include <time.h>
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -14,15 +16,24 @@
 #include "cuda_fences.h"
 #include "cuda_pinning.h"
 #include "cuda_staging.h"
+#include "kvpool/copy.h"
 
 namespace kvpool {
 namespace cuda {
 namespace {
 
-constexpr unsigned kThreads = 4;             // even ones load, odd ones store
-constexpr uint64_t kBatchBytes = 128 << 20;  // 2.4 ms at the link's speed, against some 50 us of our own
+constexpr unsigned kThreads = 4;  // even ones load, odd ones store
+constexpr unsigned kThreadsEach = kThreads / 2;
+constexpr uint64_t kBatchBytes = 256 << 20;  // 5 ms at the link's speed, for one wait of some 50 us
 constexpr int kFailuresInARow = 3;           // then the device is left alone
 constexpr auto kPopulatePoll = std::chrono::milliseconds(100);
+
+// Processor time of the calling thread.
+uint64_t thread_ns() {
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
+}
 
 class CudaBackend final : public CopyBackend {
   public:
@@ -31,7 +42,7 @@ class CudaBackend final : public CopyBackend {
 
     unsigned threads() const override { return kThreads; }
     bool serves(unsigned thread, Direction direction) const override { return direction_of(thread) == direction; }
-    size_t batch_blocks() const override { return std::max<size_t>(kBatchBytes / payload_bytes(), 1); }
+    size_t batch_blocks(size_t job_blocks) const override;
     Fence fence(uint64_t stream) override;
     bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
               const std::function<void()>& on_the_way) override;
@@ -39,6 +50,7 @@ class CudaBackend final : public CopyBackend {
     std::string describe() const override;
     std::string error() const override;
     uint64_t registered_bytes() const override { return pinning_.registered_bytes(); }
+    CopyCosts costs() const override;
 
   private:
     // What one thread of the engine uses.
@@ -48,11 +60,14 @@ class CudaBackend final : public CopyBackend {
         Event done;
         std::unique_ptr<Staging> staging;  // null: the driver's way
         bool entered = false;
+        std::atomic<uint64_t> batches{0}, copies{0}, start_ns{0}, wait_ns{0};  // see CopyCosts
     };
     static Direction direction_of(unsigned thread) { return thread % 2 == 0 ? Direction::kLoad : Direction::kStore; }
 
     void open_lanes();
-    void enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence);
+    void move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
+              const std::function<void()>& on_the_way);
+    size_t enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) const;
     bool is_registered(const std::vector<BlockShard>& shards) const;
 
     // On a thread of its own: the engine need not wait for any of it.
@@ -70,7 +85,6 @@ class CudaBackend final : public CopyBackend {
     std::vector<Region> merged_;
     CudaWay wanted_;
     FencePool fences_;
-    Runs runs_;
     std::array<std::unique_ptr<Lane>, kThreads> lanes_;
     PoolPinning pinning_;
 
@@ -96,7 +110,6 @@ CudaBackend::CudaBackend(std::shared_ptr<PoolFile> file, std::vector<Region> reg
       merged_(merge_regions(this->regions())),
       wanted_(options.way),
       fences_(driver_, context_),
-      runs_(driver_, merged_),
       pinning_(driver_, std::move(file)) {
     try {
         open_lanes();
@@ -152,9 +165,7 @@ bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<B
     try {
         if (!lane.entered) context_.enter_thread();
         lane.entered = true;
-        enqueue(lane, direction, shards, fence);
-        on_the_way();
-        driver_.event_synchronize(lane.done.get());
+        move(lane, direction, shards, fence, on_the_way);
         failures_ = 0;
         return true;
     } catch (const CudaError& error) {
@@ -164,21 +175,57 @@ bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<B
     }
 }
 
-void CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) {
+void CudaBackend::move(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
+                       const std::function<void()>& on_the_way) {
+    uint64_t begun_ns = thread_ns();
+    lane.copies += enqueue(lane, direction, shards, fence);
+    driver_.event_record(lane.done.get(), lane.stream.get());
+    uint64_t started_ns = thread_ns();
+    on_the_way();
+    driver_.event_synchronize(lane.done.get());
+    lane.wait_ns += thread_ns() - started_ns;
+    lane.start_ns += started_ns - begun_ns;
+    ++lane.batches;
+}
+
+size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards,
+                            const Fence& fence) const {
     CUstream stream = lane.stream.get();
     CUevent fenced = FencePool::event(fence);
-    if (!is_registered(shards)) {
-        driver_.event_synchronize(fenced);  // not in the driver, which might hold up other threads meanwhile
-        runs_.enqueue_each(direction, shards, stream);
-    } else {
+    bool registered = is_registered(shards);
+    if (registered) {
         driver_.stream_wait_event(stream, fenced, 0);
-        if (lane.staging != nullptr) {
-            lane.staging->enqueue(direction, shards, stream);
-        } else {
-            runs_.enqueue(direction, shards, stream);
-        }
+        if (lane.staging != nullptr) return lane.staging->enqueue(direction, shards, stream);
     }
-    driver_.event_record(lane.done.get(), stream);
+    std::vector<Run> runs = runs_of(merged_, shards);
+    if (registered) {
+        cuda::enqueue(driver_, direction, runs, stream);
+    } else {
+        driver_.event_synchronize(fenced);  // not in the driver, which might hold up other threads meanwhile
+        enqueue_each(driver_, direction, runs, stream);
+    }
+    return runs.size();
+}
+
+// As few batches as can be, each of which is waited for, but the same number for each thread: while one waits, the
+// other's copies go on. What one buffer holds is not worth a second wait.
+size_t CudaBackend::batch_blocks(size_t job_blocks) const {
+    auto divide = [](uint64_t value, uint64_t by) { return (value + by - 1) / by; };
+    uint64_t rounds = divide(job_blocks * payload_bytes(), kThreadsEach * kBatchBytes);
+    uint64_t share = divide(job_blocks, kThreadsEach * rounds);
+    return std::max<uint64_t>({share, kStagingBytes / payload_bytes(), 1});
+}
+
+CopyCosts CudaBackend::costs() const {
+    CopyCosts all;
+    for (const auto& lane : lanes_) {
+        if (lane == nullptr) continue;
+        all.batches += lane->batches;
+        all.copies += lane->copies;
+        all.start_ns += lane->start_ns;
+        all.wait_ns += lane->wait_ns;
+    }
+    return all;
 }
 
 bool CudaBackend::is_registered(const std::vector<BlockShard>& shards) const {
@@ -219,7 +266,8 @@ void CudaBackend::open_staging() {
     for (unsigned thread = 0; thread < kThreads; ++thread) {
         if (ways_.of(direction_of(thread)) != CudaWay::kStaged) continue;
         if (gather_ == nullptr) gather_ = std::make_unique<Gather>(driver_, merged_);
-        lanes_[thread]->staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes());
+        lanes_[thread]->staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes(),
+                                                            CopyEngine::shard_bytes(regions()), &pinning_);
     }
 }
 

@@ -18,49 +18,45 @@ std::vector<Region> merge_regions(const std::vector<Region>& regions) {
     return merged;
 }
 
-template <class Visit>
-void Runs::for_each_run(const std::vector<BlockShard>& blocks, Visit visit) const {
+std::vector<Run> runs_of(const std::vector<Region>& merged, const std::vector<BlockShard>& blocks) {
+    std::vector<Run> runs;
+    runs.reserve(merged.size() * blocks.size());
     for (const BlockShard& block : blocks) {
         uint8_t* in_pool = block.bytes;
-        for (const Region& region : regions_) {
-            visit(reinterpret_cast<CUdeviceptr>(region.base + block.block * region.stride), in_pool, region.bytes);
+        for (const Region& region : merged) {
+            auto in_kv = reinterpret_cast<CUdeviceptr>(region.base + block.block * region.stride);
+            runs.push_back({in_kv, in_pool, region.bytes});
             in_pool += region.bytes;
         }
     }
+    return runs;
 }
 
-void Runs::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const {
-    if (driver_.has_batch()) {
-        enqueue_batch(direction, blocks, stream);
-    } else {
-        enqueue_each(direction, blocks, stream);
-    }
-}
-
-void Runs::enqueue_each(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const {
-    for_each_run(blocks, [&](CUdeviceptr kv, uint8_t* in_pool, uint64_t bytes) {
-        if (direction == Direction::kStore) {
-            driver_.memcpy_dtoh_async(in_pool, kv, bytes, stream);
-        } else {
-            driver_.memcpy_htod_async(kv, in_pool, bytes, stream);
-        }
-    });
-}
-
-void Runs::enqueue_batch(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const {
-    size_t count = blocks.size() * regions_.size();
-    std::vector<CUdeviceptr> kv, pool;
+void enqueue(const Driver& driver, Direction direction, const std::vector<Run>& runs, CUstream stream) {
+    if (!driver.has_batch()) return enqueue_each(driver, direction, runs, stream);
+    std::vector<CUdeviceptr> device, pool;
     std::vector<size_t> bytes;
-    kv.reserve(count);
-    pool.reserve(count);
-    bytes.reserve(count);
-    for_each_run(blocks, [&](CUdeviceptr in_kv, uint8_t* in_pool, uint64_t run_bytes) {
-        kv.push_back(in_kv);
-        pool.push_back(reinterpret_cast<CUdeviceptr>(in_pool));
-        bytes.push_back(run_bytes);
-    });
+    device.reserve(runs.size());
+    pool.reserve(runs.size());
+    bytes.reserve(runs.size());
+    for (const Run& run : runs) {
+        device.push_back(run.device);
+        pool.push_back(reinterpret_cast<CUdeviceptr>(run.pool));
+        bytes.push_back(run.bytes);
+    }
     bool store = direction == Direction::kStore;
-    driver_.memcpy_batch_async((store ? pool : kv).data(), (store ? kv : pool).data(), bytes.data(), count, stream);
+    std::vector<CUdeviceptr>&to = store ? pool : device, &from = store ? device : pool;
+    driver.memcpy_batch_async(to.data(), from.data(), bytes.data(), runs.size(), stream);
+}
+
+void enqueue_each(const Driver& driver, Direction direction, const std::vector<Run>& runs, CUstream stream) {
+    for (const Run& run : runs) {
+        if (direction == Direction::kStore) {
+            driver.memcpy_dtoh_async(run.pool, run.device, run.bytes, stream);
+        } else {
+            driver.memcpy_htod_async(run.device, run.pool, run.bytes, stream);
+        }
+    }
 }
 
 }  // namespace kvpool::cuda

@@ -1,7 +1,4 @@
-// The driver's way: one copy for each run of bytes that is contiguous on both sides.
-//
-// Runs end with their block: behind its bytes in the pool lies a trailer. Within a block, regions that follow each
-// other in KV memory are one run.
+// Copies by the driver, of bytes that are contiguous on both sides.
 #pragma once
 
 #include <vector>
@@ -11,24 +8,20 @@
 
 namespace kvpool::cuda {
 
-std::vector<Region> merge_regions(const std::vector<Region>& regions);
-
-class Runs {
-  public:
-    Runs(const Driver& driver, std::vector<Region> merged) : driver_(driver), regions_(std::move(merged)) {}
-
-    // For registered memory, all runs in one call where the driver has it.
-    void enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
-    // For any memory; may return late.
-    void enqueue_each(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
-
-  private:
-    void enqueue_batch(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
-    template <class Visit>
-    void for_each_run(const std::vector<BlockShard>& blocks, Visit visit) const;  // visit(kv, in pool, bytes)
-
-    const Driver& driver_;
-    std::vector<Region> regions_;
+struct Run {
+    CUdeviceptr device;
+    uint8_t* pool;
+    uint64_t bytes;
 };
+
+// Regions that follow each other in KV memory are one. A block's last run ends with it: behind its bytes in the pool
+// lies a trailer.
+std::vector<Region> merge_regions(const std::vector<Region>& regions);
+std::vector<Run> runs_of(const std::vector<Region>& merged, const std::vector<BlockShard>& blocks);
+
+// For registered memory, all in one call where the driver has it.
+void enqueue(const Driver& driver, Direction direction, const std::vector<Run>& runs, CUstream stream);
+// For any memory; may return late.
+void enqueue_each(const Driver& driver, Direction direction, const std::vector<Run>& runs, CUstream stream);
 
 }  // namespace kvpool::cuda

@@ -5,32 +5,55 @@
 namespace kvpool::cuda {
 namespace {
 
-constexpr uint64_t kBufferBytes = 32 << 20;  // one for each of the backend's threads
-constexpr uint64_t kAlign = 256;
+// 150 us on the link: no longer than that is a small copy of the engine's own kept waiting by one of ours.
+constexpr uint64_t kRunBytes = 8 << 20;
 
 }  // namespace
 
-Staging::Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes)
-    : gather_(gather),
-      stride_((payload_bytes + kAlign - 1) / kAlign * kAlign),
-      room_(std::max<uint64_t>(kBufferBytes / stride_, 1)),
-      buffer_(driver, room_ * stride_),
-      runs_(driver, {{reinterpret_cast<uint8_t*>(buffer_.get()), stride_, payload_bytes}}) {}
+Staging::Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
+                 const PoolPinning* pinning)
+    : driver_(driver),
+      gather_(gather),
+      pinning_(pinning),
+      payload_bytes_(payload_bytes),
+      stride_(stride),
+      room_(std::max<uint64_t>(kStagingBytes / stride_, 1)),
+      buffer_(driver, room_ * stride_) {}
 
-void Staging::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const {
+size_t Staging::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const {
+    size_t copies = 0;
     for (size_t first = 0; first < blocks.size(); first += room_) {
-        size_t count = std::min<size_t>(room_, blocks.size() - first);
         auto begin = blocks.begin() + static_cast<ptrdiff_t>(first);
-        std::vector<BlockShard> in_kv(begin, begin + static_cast<ptrdiff_t>(count)), staged = in_kv;
-        for (uint32_t i = 0; i < count; ++i) staged[i].block = i;
-        if (direction == Direction::kLoad) {
-            runs_.enqueue(direction, staged, stream);
-            gather_.enqueue(direction, in_kv, buffer_.get(), stride_, stream);
-        } else {
-            gather_.enqueue(direction, in_kv, buffer_.get(), stride_, stream);
-            runs_.enqueue(direction, staged, stream);
-        }
+        auto count = static_cast<ptrdiff_t>(std::min<size_t>(room_, blocks.size() - first));
+        std::vector<BlockShard> part(begin, begin + count);
+        std::vector<Run> staged = runs(part);
+        if (direction == Direction::kLoad) cuda::enqueue(driver_, direction, staged, stream);
+        gather_.enqueue(direction, part, buffer_.get(), stride_, stream);
+        if (direction == Direction::kStore) cuda::enqueue(driver_, direction, staged, stream);
+        copies += staged.size();
     }
+    return copies;
+}
+
+std::vector<Run> Staging::runs(const std::vector<BlockShard>& blocks) const {
+    std::vector<Run> runs;
+    CUdeviceptr at = buffer_.get();
+    for (const BlockShard& block : blocks) {
+        if (!runs.empty() && continues(runs.back(), block)) {
+            runs.back().bytes += stride_;
+        } else {
+            runs.push_back({at, block.bytes, payload_bytes_});
+        }
+        at += stride_;
+    }
+    return runs;
+}
+
+// The gap between the two is the end of the first one's slot: nobody else's bytes.
+bool Staging::continues(const Run& run, const BlockShard& next) const {
+    if (pinning_ == nullptr || run.bytes + stride_ > kRunBytes) return false;
+    bool follows = run.pool + run.bytes - payload_bytes_ + stride_ == next.bytes;
+    return follows && pinning_->covers(run.pool, run.bytes + stride_);
 }
 
 }  // namespace kvpool::cuda

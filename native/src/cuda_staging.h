@@ -2,30 +2,43 @@
 // which the driver copies at the link's speed; between that buffer and KV memory the kernels of gather.cu move it, at
 // the speed of device memory. So the processors of the device are ours for some 20 us of the 600 us that a buffer
 // takes.
+//
+// Blocks lie in the buffer as far apart as shards do that alone fill their slots: where such slots follow each other,
+// as those of a chain stored into an empty pool do, one copy moves several, and what lies between them (a trailer,
+// which is written after the copy, and padding).
 #pragma once
 
 #include <memory>
 #include <vector>
 
 #include "cuda_gather.h"
+#include "cuda_pinning.h"
 #include "cuda_runs.h"
 
 namespace kvpool::cuda {
 
+inline constexpr uint64_t kStagingBytes = 32 << 20;  // one buffer for each of the backend's threads
+
 class Staging {
   public:
+    // `stride`: `CopyEngine::shard_bytes`. `pinning`: what one copy may not reach beyond; null: copies of a block each.
     // CudaError: no room for the buffer.
-    Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes);
+    Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
+            const PoolPinning* pinning);
 
-    // For registered memory. Calls for the same buffer are to use the same stream.
-    void enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
+    // For registered memory. Calls for the same buffer are to use the same stream. Returns the number of copies.
+    size_t enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
 
   private:
+    std::vector<Run> runs(const std::vector<BlockShard>& blocks) const;
+    bool continues(const Run& run, const BlockShard& next) const;
+
+    const Driver& driver_;
     const Gather& gather_;
-    uint64_t stride_;  // from one staged block to the next
-    uint64_t room_;    // blocks
+    const PoolPinning* pinning_;
+    uint64_t payload_bytes_, stride_;
+    uint64_t room_;  // blocks
     DeviceMemory buffer_;
-    Runs runs_;
 };
 
 }  // namespace kvpool::cuda

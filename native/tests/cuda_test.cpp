@@ -151,6 +151,66 @@ TEST(more_blocks_than_a_buffer_holds) {
     for (uint32_t i = 0; i < kMany; ++i) CHECK(memory.block(8 + i) == memory.block(i % 8));
 }
 
+// Slots that one shard each fills, at both sides of a border between what was registered at once.
+TEST(slots_that_follow_each_other_are_one_copy_unless_registered_apart) {
+    constexpr uint64_t kBig = 1ull << 20;  // as many bytes as a block and its trailer are rounded up to
+    Folder folder;
+    auto file = std::make_shared<PoolFile>(
+        PoolFile::create(folder.pool(), Geometry::derive(192 * kMiB, 64 * kMiB, kBig), 0600));
+    populate(*file);
+    constexpr uint32_t kFirst = 64 - 12, kCount = 24;
+    std::vector<SlotRef> refs;
+    for (uint32_t i = 0; i < kCount; ++i) {
+        refs.push_back({kFirst + i, 10 + i});
+        SlotHeader& slot = file->slots()[kFirst + i];
+        slot.store_key(key_of(i));
+        slot.length.store(kBig);
+        slot.word.store(SlotWord::make(10 + i, SlotState::kWriting));
+    }
+    for (uint64_t slab : {0, 1}) file->slabs()[slab].slot_bytes.store(kBig);
+    CHECK_EQ(file->payload(63) + kBig, file->payload(64));
+    Memory memory(2 * kCount, {kBig / 2, kBig / 2 - 48}, 16);
+    memory.fill(1);
+    FakeCuda* cuda = fake(k13);
+    CopyEngine engine(file, cuda_backend(file, memory.regions, {0, CudaWay::kStaged, k13}), 0, 1);
+    until([&] { return engine.backend().registered_bytes() == 2 * 64 * kMiB; });
+    auto copies = [&](Direction direction, const std::vector<CopyBlock>& blocks) {
+        CopyCosts before = engine.backend().costs();
+        uint64_t batched = cuda->batched();
+        CHECK(all(run(engine, direction, blocks), CopyStatus::kOk));
+        CopyCosts now = engine.backend().costs();
+        CHECK_EQ(now.copies - before.copies, cuda->batched() - batched);
+        CHECK_EQ(now.batches - before.batches, 1u);
+        return now.copies - before.copies;
+    };
+    std::vector<CopyBlock> in_order, backwards;
+    for (uint32_t i = 0; i < kCount; ++i) in_order.push_back({refs[i], i});
+    for (uint32_t i = 0; i < kCount; ++i) backwards.push_back({refs[kCount - 1 - i], kCount + i});
+    CHECK_EQ(copies(Direction::kStore, in_order), 4u);  // 8 MiB at most, of 12 on each side
+    for (SlotRef ref : refs) file->slots()[ref.slot].word.store(SlotWord::make(ref.generation, SlotState::kReady));
+    CHECK_EQ(copies(Direction::kLoad, backwards), kCount);
+    for (uint32_t i = 0; i < kCount; ++i) CHECK(memory.block(i) == memory.block(2 * kCount - 1 - i));
+    for (uint32_t i = 0; i < kCount; ++i) in_order[i].block += kCount;
+    memory.fill(2);
+    CHECK_EQ(copies(Direction::kLoad, in_order), 4u);
+    Memory stored(2 * kCount, {kBig / 2, kBig / 2 - 48}, 16);
+    stored.fill(1);
+    for (uint32_t i = 0; i < kCount; ++i) CHECK(memory.block(kCount + i) == stored.block(i));
+}
+
+TEST(a_job_is_shared_out_evenly_in_batches_of_some_size) {
+    Slots slots(8);
+    populate(*slots.file);
+    Memory memory(1, {1 << 20}, 0);
+    auto backend = cuda_backend(slots.file, memory.regions, {0, CudaWay::kDriver, k13});
+    CHECK_EQ(backend->batch_blocks(1), 32u);
+    CHECK_EQ(backend->batch_blocks(64), 32u);
+    CHECK_EQ(backend->batch_blocks(100), 50u);
+    CHECK_EQ(backend->batch_blocks(512), 256u);
+    CHECK_EQ(backend->batch_blocks(513), 129u);
+    CHECK_EQ(backend->batch_blocks(2048), 256u);
+}
+
 // The engine gave its memory to the KV cache.
 TEST(without_memory_for_a_buffer_the_drivers_way_is_left) {
     fake(k13)->fail("cuMemAlloc", kOutOfMemory, 2);
@@ -346,12 +406,12 @@ TEST(a_bad_block_beside_good_ones_is_left_out) {
     CHECK(device.memory.block(15) == before);
 }
 
-// 128 MiB are a batch: the job is stopped behind the batches under way.
+// 256 MiB are a batch: the job is stopped behind the batches under way.
 TEST(cancel_waits_for_the_batches_under_way_only) {
     Device device(CudaWay::kStaged);
     CHECK(all(device.store(), CopyStatus::kOk));
     device.slots.set_all(SlotState::kReady);
-    size_t batch = (128 << 20) / device.memory.block(0).size();
+    size_t batch = (256 << 20) / device.memory.block(0).size();
     std::vector<CopyBlock> blocks;
     for (uint32_t i = 0; i < 4 * batch; ++i) {  // no two batches write one block
         blocks.push_back({device.slots.refs[i % 8], static_cast<uint32_t>(4 * (i / batch) + i % 4)});

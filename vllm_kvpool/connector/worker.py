@@ -275,11 +275,9 @@ class WorkerSide:
     def _end(self, job: CopyJob, statuses: bytes) -> None:
         """`statuses`: of all its blocks."""
         self._reports[job.number] = JobReport(1, statuses)
-        if isinstance(job, LoadJob):
-            if any(statuses):
-                blocks = array("I", job.blocks)
-                pairs = zip(blocks, statuses, strict=True)
-                self._failed_blocks.update(block for block, status in pairs if status != COPY_OK)
+        if isinstance(job, LoadJob) and any(statuses):
+            pairs = zip(array("I", job.blocks), statuses, strict=True)
+            self._failed_blocks.update(block for block, status in pairs if status != COPY_OK)
 
     # what vLLM asks for at the end of a step ------------------------------------------------------
 

@@ -33,6 +33,14 @@ struct BlockShard {
 // wait.
 using Fence = std::shared_ptr<void>;
 
+// What copies have cost so far. Nanoseconds are processor time of the threads that made them.
+struct CopyCosts {
+    uint64_t batches = 0;   // each is waited for once
+    uint64_t copies = 0;    // that the device was asked for
+    uint64_t start_ns = 0;  // asking for them
+    uint64_t wait_ns = 0;   // falling asleep and waking up
+};
+
 class CopyBackend {
   public:
     explicit CopyBackend(std::vector<Region> regions);
@@ -44,7 +52,7 @@ class CopyBackend {
 
     virtual unsigned threads() const = 0;
     virtual bool serves(unsigned thread, Direction direction) const = 0;
-    virtual size_t batch_blocks() const = 0;  // the most blocks that `copy` is given
+    virtual size_t batch_blocks(size_t job_blocks) const = 0;  // how many of a job's `copy` is given at once, at most
     virtual Fence fence(uint64_t stream) = 0;
     // False: the device refused, see `error`; what has arrived of the bytes is unknown. `on_the_way` is called when it
     // has been given all copies: only the loss of the device can keep the bytes from arriving then.
@@ -56,6 +64,7 @@ class CopyBackend {
     virtual std::string describe() const = 0;
     virtual std::string error() const = 0;          // the last one; empty while all went well
     virtual uint64_t registered_bytes() const = 0;  // of the pool, known to the device
+    virtual CopyCosts costs() const = 0;            // until `close`
 
   private:
     std::vector<Region> regions_;
