@@ -319,14 +319,14 @@ TEST(a_load_arrives_before_it_has_ended) {
     CHECK(all(wait(*device.engine).status, CopyStatus::kOk));
 }
 
-// 128 MiB are a batch, and two threads load: the third begins when the first has ended.
+// More than two batches of 256 MiB: two threads load it in four.
 TEST(a_load_arrives_with_its_last_batch) {
     Device device(CudaWay::kStaged);
     CHECK(all(device.store(), CopyStatus::kOk));
     device.slots.set_all(SlotState::kReady);
-    size_t batch = (128 << 20) / device.memory.block(0).size();
+    size_t count = 2 * (256 << 20) / device.memory.block(0).size() + 1, batch = (count + 3) / 4;
     std::vector<CopyBlock> blocks;
-    for (uint32_t i = 0; i < 2 * batch + 1; ++i) {  // no two batches write one block
+    for (uint32_t i = 0; i < count; ++i) {  // no two batches write one block
         blocks.push_back({device.slots.refs[i % 8], static_cast<uint32_t>(4 * (i / batch) + i % 4)});
     }
     device.cuda->hold_ends(true);
