@@ -1,6 +1,6 @@
 """The arms of a comparison on a GPU: an engine each, in a process of its own, with what it needs beside it.
 
-An arm that fails says why and costs the others nothing.
+An arm that fails says why and costs the others nothing. `run_script` is the main of all these scripts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offline import MODEL_SHAPES
+from benchmarks.offline import MODEL_SHAPES, make_model
 from benchmarks.processes import ChildProcess, PoolDaemon, free_port, kv_transfer_config
+from benchmarks.report import write_json
 from vllm_kvpool.channel import call_daemon
 from vllm_kvpool.config import SHM_DIR, parse_size
 from vllm_kvpool.errors import KVPoolError, PoolUnavailable
@@ -65,7 +66,41 @@ def transfer_of(connector: str, extra: dict[str, Any] | None = None, **more: Any
     return transfer if extra is None else {**transfer, "kv_connector_extra_config": extra}
 
 
-def add_options(parser: argparse.ArgumentParser, arms: str) -> None:
+def script_parser(text: str | None) -> argparse.ArgumentParser:
+    """With the options of every script. `text`: its docstring."""
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_engine_options(parser)
+    return parser
+
+
+def run_script(
+    parser: argparse.ArgumentParser,
+    run_job: Callable[[dict[str, Any]], None],
+    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
+    report: Callable[[dict[str, Any]], None],
+) -> None:
+    """`measure` starts the arms by `run_child`: the same script again, which then does `run_job`."""
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        run_job(json.loads(args.child.read_text()))
+        return
+    with work_folder() as folder:
+        make_model(folder / "model", args.size)
+        results = measure(args, folder)
+    report(results)
+    if args.json:
+        write_json(args.json, results)
+
+
+def numbers(text: str) -> list[int]:
+    """An option's value, as in 1,8,32."""
+    return [int(number) for number in text.split(",")]
+
+
+def add_arms(parser: argparse.ArgumentParser, arms: str) -> None:
     """Those of a comparison of arms."""
     known = ("none", *POOL_ARMS, *PEERS)
     parser.add_argument(
@@ -74,7 +109,6 @@ def add_options(parser: argparse.ArgumentParser, arms: str) -> None:
         help=f"of {', '.join(known)}; our own with options of the connector, as in "
         f"kvpool+checksum=off+store=prompt (default {arms})",
     )
-    add_engine_options(parser)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +122,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runner", choices=("auto", "v1", "v2"), default="auto")
     parser.add_argument("--gpu-share", type=float, default=0.5, help="of the GPU's memory")
     parser.add_argument("--timeout-s", type=float, default=240, help="for one arm")
+    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
     parser.add_argument("--json", type=Path)
 
 

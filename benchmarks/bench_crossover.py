@@ -23,10 +23,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Arm, add_engine_options, kvpool_arm, pool_daemon, run_child, work_folder
-from benchmarks.offline import OfflineEngine, make_model, random_prompt
+from benchmarks.arms import (
+    Arm,
+    kvpool_arm,
+    numbers,
+    pool_daemon,
+    run_child,
+    run_script,
+    script_parser,
+)
+from benchmarks.offline import OfflineEngine, random_prompt
 from benchmarks.processes import kv_transfer_config
-from benchmarks.report import write_json
 from benchmarks.svg_plot import curves
 
 MODULE = "benchmarks.bench_crossover"
@@ -81,7 +88,8 @@ def decides(engine: OfflineEngine, lengths: list[int], count: int) -> dict[int, 
 
 
 def run_job(job: dict[str, Any]) -> None:
-    engine = OfflineEngine(job["model"], job["transfer"], **job["engine"])
+    options = {"enforce_eager": True, **job["engine"]}
+    engine = OfflineEngine(job["model"], job["transfer"], **options)
     for _ in range(3):  # kernels are loaded, memory is touched
         engine.generate(random_prompt(random.Random(), max(job["lengths"])), 1)
     count = LEARNING_ROUNDS + job["repeats"]
@@ -113,6 +121,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         row_of(length, results["always"][str(length)], results["decides"][str(length)])
         for length in args.lengths
     ]
+    if args.plot:
+        args.plot.write_text(plot(results["table"]))
     return results
 
 
@@ -127,12 +137,13 @@ def row_of(length: int, forced: dict[str, Any], decided: list[dict[str, Any]]) -
     return row
 
 
-def print_table(table: list[dict[str, Any]]) -> None:
+def print_results(results: dict[str, Any]) -> None:
+    print("\n".join(results["notes"]))
     print(
         "\n| tokens | recompute, ms | load, ms | as decided, ms | loads chosen | predicted load, ms | recompute, ms |\n"
         "|---:|---:|---:|---:|---:|---:|---:|"
     )
-    for row in table:
+    for row in results["table"]:
         cells = [f"{row['tokens']:,}", *(f"{row[kind]:.1f}" for kind in ("recompute", "load"))]
         cells += [f"{row['decided']:.1f}", f"{row['loads']}/{row['decisions']}"]
         for kind in ("load", "compute"):
@@ -151,30 +162,13 @@ def plot(table: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = script_parser(__doc__)
+    parser.add_argument(
+        "--lengths", type=numbers, default=LENGTHS, help="multiples of the block size"
     )
-    add_engine_options(parser)
-    parser.add_argument("--lengths", default=LENGTHS, help="multiples of the block size")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        run_job(json.loads(args.child.read_text()))
-        return
-    args.lengths = [int(length) for length in args.lengths.split(",")]
-    args.engine = {"enforce_eager": True, **args.engine}
-    with work_folder() as folder:
-        make_model(folder / "model", args.size)
-        results = measure(args, folder)
-    print("\n".join(results["notes"]))
-    print_table(results["table"])
-    if args.json:
-        write_json(args.json, results)
-    if args.plot:
-        args.plot.write_text(plot(results["table"]))
+    run_script(parser, run_job, measure, print_results)
 
 
 if __name__ == "__main__":

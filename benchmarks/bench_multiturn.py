@@ -28,8 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Arm, add_options, run_arms, run_child, work_folder
-from benchmarks.offline import OfflineEngine, make_model, random_prompt
+from benchmarks.arms import (
+    Arm,
+    add_arms,
+    numbers,
+    run_arms,
+    run_child,
+    run_script,
+    script_parser,
+)
+from benchmarks.offline import OfflineEngine, random_prompt
 from benchmarks.report import percentile, write_json
 
 MODULE = "benchmarks.bench_multiturn"
@@ -149,20 +157,19 @@ def run_job(job: dict[str, Any]) -> None:
 # all arms -----------------------------------------------------------------------------------------
 
 
-def num_blocks(args: argparse.Namespace, concurrency: list[int]) -> int:
-    rounds = sum(1 if one == 1 else 2 for one in concurrency)
+def num_blocks(args: argparse.Namespace) -> int:
+    rounds = sum(1 if one == 1 else 2 for one in args.concurrency)
     longest = args.first_tokens + OUTPUT_TOKENS + rounds * (MORE_TOKENS + OUTPUT_TOKENS)
     block_tokens = args.engine.get("block_size", BLOCK_TOKENS)
     return int(args.users * longest * args.share) // block_tokens
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    concurrency = [int(text) for text in args.concurrency.split(",")]
     job = {
         "users": args.users,
         "first_tokens": args.first_tokens,
-        "num_blocks": num_blocks(args, concurrency),
-        "concurrency": concurrency,
+        "num_blocks": num_blocks(args),
+        "concurrency": args.concurrency,
         "limit_s": args.limit_s,
     }
     results: dict[str, Any] = {**job, "arms": {}}
@@ -202,27 +209,14 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, ARMS)
-    parser.add_argument("--concurrency", default="1,8,32")
+    parser = script_parser(__doc__)
+    add_arms(parser, ARMS)
+    parser.add_argument("--concurrency", type=numbers, default="1,8,32")
     parser.add_argument("--users", type=int, default=96)
     parser.add_argument("--first-tokens", type=int, default=2_048)
     parser.add_argument("--share", type=float, default=1 / 3, help="of all that VRAM holds")
     parser.add_argument("--limit-s", type=float, default=20, help="for one concurrency")
-    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        run_job(json.loads(args.child.read_text()))
-        return
-    with work_folder() as folder:
-        make_model(folder / "model", args.size)
-        results = measure(args, folder)
-    print_results(results)
-    if args.json:
-        write_json(args.json, results)
+    run_script(parser, run_job, measure, print_results)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Arm, add_options, run_arms, run_child, work_folder
-from benchmarks.offline import OfflineEngine, make_model, random_prompt
-from benchmarks.report import percentile, write_json
+from benchmarks.arms import (
+    Arm,
+    add_arms,
+    run_arms,
+    run_child,
+    run_script,
+    script_parser,
+)
+from benchmarks.offline import OfflineEngine, random_prompt
+from benchmarks.report import percentile
 
 MODULE = "benchmarks.bench_overhead"
 ARMS = "none,kvpool,offloading,lmcache-mp,none-again"
@@ -142,23 +149,10 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, ARMS)
+    parser = script_parser(__doc__)
+    add_arms(parser, ARMS)
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        run_job(json.loads(args.child.read_text()))
-        return
-    args.engine = {}
-    with work_folder() as folder:
-        make_model(folder / "model", args.size)
-        results = measure(args, folder)
-    print_results(results)
-    if args.json:
-        write_json(args.json, results)
+    run_script(parser, run_job, measure, print_results)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,8 +289,11 @@ def redis_server(network: Network, folder: Path) -> Iterator[str]:
         yield f"redis://{network.addresses[0]}:{port}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def run_between_hosts(
+    text: str | None, measure: Callable[[Network, Path, bool], dict[str, Any]]
+) -> None:
+    """The main of a script with the docstring `text`. `measure` is given a folder on tmpfs, and whether to use keys."""
+    parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--keys", action="store_true", help="CURVE")
     parser.add_argument("--loopback", action="store_true", help="no namespaces, no root")
     parser.add_argument("--rate", default="", help="of the link, for tc tbf, as in 10gbit")
@@ -300,25 +303,27 @@ def main() -> None:
     network = Network(options.loopback, options.rate)
     results: dict[str, Any] = {"rate": options.rate, "curve": options.keys}
     try:
-        with (
-            redis_server(network, folder) as url,
-            two_hosts(network, folder, url, options.keys) as c,
-        ):
-            for name, blocks in (("throughput", BULK_BLOCKS), ("prefix", PREFIX_BLOCKS)):
-                nbytes = blocks * SLOT_BYTES
-                tcp = time_tcp(network, folder, nbytes)
-                pulls = time_pulls(c, blocks)
-                results[name] = compare(name, nbytes, tcp, pulls)
-        local = Network(loopback=True, rate="")
-        with redis_server(local, folder) as url:
-            for grain in (8, 1):
-                results[f"directory_grain_{grain}"] = found = time_lookups(url, grain)
-                print(f"directory, one entry for {grain} blocks: {found}")
+        results |= measure(network, folder, options.keys)
     finally:
         network.close()
         shutil.rmtree(folder)
     if options.json:
         write_json(options.json, results)
+
+
+def measure(network: Network, folder: Path, secure: bool) -> dict[str, Any]:
+    results = {}
+    with redis_server(network, folder) as url, two_hosts(network, folder, url, secure) as clients:
+        for name, blocks in (("throughput", BULK_BLOCKS), ("prefix", PREFIX_BLOCKS)):
+            nbytes = blocks * SLOT_BYTES
+            tcp = time_tcp(network, folder, nbytes)
+            results[name] = compare(name, nbytes, tcp, time_pulls(clients, blocks))
+    local = Network(loopback=True, rate="")
+    with redis_server(local, folder) as url:
+        for grain in (8, 1):
+            results[f"directory_grain_{grain}"] = found = time_lookups(url, grain)
+            print(f"directory, one entry for {grain} blocks: {found}")
+    return results
 
 
 def compare(name: str, nbytes: int, tcp: list[float], pulls: list[float]) -> dict[str, float]:
@@ -333,4 +338,4 @@ def compare(name: str, nbytes: int, tcp: list[float], pulls: list[float]) -> dic
 
 
 if __name__ == "__main__":
-    main()
+    run_between_hosts(__doc__, measure)

@@ -9,12 +9,10 @@ until it is READY upstream, beside four TCP streams of as many bytes in the same
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,11 +24,11 @@ from benchmarks.bench_pull import (
     REPEAT,
     SLOT_BYTES,
     Network,
+    run_between_hosts,
     store,
     time_tcp,
 )
 from benchmarks.processes import PoolDaemon, free_port
-from benchmarks.report import write_json
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.curve import make_keys
 from vllm_kvpool.pool.admin import fetch_stats
@@ -105,28 +103,13 @@ def compared(nbytes: int, tcp: list[float], pushes: list[float]) -> dict[str, fl
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--keys", action="store_true", help="CURVE")
-    parser.add_argument("--loopback", action="store_true", help="no namespaces, no root")
-    parser.add_argument("--rate", default="", help="of the link, for tc tbf, as in 10gbit")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="kvpool-bench-", dir="/dev/shm"))
-    network = Network(options.loopback, options.rate)
-    results: dict[str, Any] = {"rate": options.rate, "curve": options.keys}
+def measure(network: Network, folder: Path, secure: bool) -> dict[str, Any]:
     nbytes = BULK_BLOCKS * SLOT_BYTES
-    try:
-        with front_and_upstream(network, folder, options.keys) as (upstream, front):
-            tcp = time_tcp(network, folder, nbytes)
-            pushes = [time_push(upstream, front) for _ in range(REPEAT)]
-            results["push"] = compared(nbytes, tcp, pushes)
-    finally:
-        network.close()
-        shutil.rmtree(folder)
-    if options.json:
-        write_json(options.json, results)
+    with front_and_upstream(network, folder, secure) as (upstream, front):
+        tcp = time_tcp(network, folder, nbytes)
+        pushes = [time_push(upstream, front) for _ in range(REPEAT)]
+    return {"push": compared(nbytes, tcp, pushes)}
 
 
 if __name__ == "__main__":
-    main()
+    run_between_hosts(__doc__, measure)

@@ -19,16 +19,23 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import Arm, add_engine_options, kvpool_arm, pool_daemon, run_child, work_folder
-from benchmarks.offline import OfflineEngine, make_model, random_prompt
-from benchmarks.report import write_json
+from benchmarks.arms import (
+    Arm,
+    kvpool_arm,
+    pool_daemon,
+    run_child,
+    run_script,
+    script_parser,
+)
+from benchmarks.offline import OfflineEngine, random_prompt
 
 MODULE = "benchmarks.bench_start"
 PROMPT_TOKENS = 3_000
 
 
 def run_job(job: dict[str, Any]) -> None:
-    engine = OfflineEngine(job["model"], job["transfer"], settle_s=0.0, **job["engine"])
+    options = {"enforce_eager": True, "max_model_len": 8_192, **job["engine"]}
+    engine = OfflineEngine(job["model"], job["transfer"], settle_s=0.0, **options)
     first_s, _, _ = engine.generate(random_prompt(random.Random(), PROMPT_TOKENS), 1)
     Path(job["result"]).write_text(json.dumps({"start_s": engine.start_s, "first_s": first_s}))
 
@@ -48,10 +55,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"notes": [note], "times": times}
 
 
-def print_results(times: dict[str, list[dict[str, float]]]) -> None:
+def print_results(results: dict[str, Any]) -> None:
     print("\n| engine | start, s | first request, s | both, median |\n|---|---|---|---:|")
     medians = []
-    for name, runs in times.items():
+    for name, runs in results["times"].items():
         both = statistics.median(run["start_s"] + run["first_s"] for run in runs)
         medians.append(both)
         starts, firsts = (
@@ -62,25 +69,10 @@ def print_results(times: dict[str, list[dict[str, float]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_engine_options(parser)
+    parser = script_parser(__doc__)
     parser.set_defaults(size="tiny", pool_size="64GiB", gpu_share=0.1)
     parser.add_argument("--starts", type=int, default=3)
-    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        run_job(json.loads(args.child.read_text()))
-        return
-    args.engine = {"enforce_eager": True, "max_model_len": 8_192, **args.engine}
-    with work_folder() as folder:
-        make_model(folder / "model", args.size)
-        results = measure(args, folder)
-    print_results(results["times"])
-    if args.json:
-        write_json(args.json, results)
+    run_script(parser, run_job, measure, print_results)
 
 
 if __name__ == "__main__":

@@ -28,15 +28,16 @@ from typing import Any
 
 from benchmarks.arms import (
     Arm,
-    add_options,
+    add_arms,
     kind_of,
     measure_link,
+    numbers,
     run_arms,
     run_child,
-    work_folder,
+    run_script,
+    script_parser,
 )
-from benchmarks.offline import OfflineEngine, kv_bytes_per_token, make_model, random_prompt
-from benchmarks.report import write_json
+from benchmarks.offline import OfflineEngine, kv_bytes_per_token, random_prompt
 
 MODULE = "benchmarks.bench_ttft"
 STEPS = ("arrived", "submitted", "copied", "noticed", "scheduled", "launched", "finished")
@@ -167,7 +168,11 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def measure(args: argparse.Namespace, names: list[str], folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    names = args.arms.split(",")
+    if "kvpool-other" in names and "kvpool" not in names:
+        names.insert(names.index("kvpool-other"), "kvpool")
+    args.engine = {"enforce_eager": not args.graphs, **args.engine}
     link = measure_link()
     token_bytes = kv_bytes_per_token(args.size, args.kv_cache_dtype)
     tokens_per_ms = link["load"] * 1e6 / token_bytes if link else 0.0
@@ -244,33 +249,15 @@ def print_results(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_options(parser, ARMS)
-    parser.add_argument("--lengths", default="1024,8192,32768")
+    parser = script_parser(__doc__)
+    add_arms(parser, ARMS)
+    parser.add_argument("--lengths", type=numbers, default="1024,8192,32768")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs instead of eager mode")
     parser.add_argument(
         "--trace", action="store_true", help="of our own arms: what a hit waits for"
     )
-    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        run_job(json.loads(args.child.read_text()))
-        return
-    args.lengths = [int(length) for length in args.lengths.split(",")]
-    args.engine = {"enforce_eager": not args.graphs, **args.engine}
-    names = args.arms.split(",")
-    if "kvpool-other" in names and "kvpool" not in names:
-        names.insert(names.index("kvpool-other"), "kvpool")
-    with work_folder() as folder:
-        make_model(folder / "model", args.size)
-        results = measure(args, names, folder)
-    print_results(results)
-    if args.json:
-        write_json(args.json, results)
+    run_script(parser, run_job, measure, print_results)
 
 
 if __name__ == "__main__":
