@@ -32,9 +32,9 @@ BLOCK_BYTES = 2 * MIB
 LAYOUTS = {"1 x 2 MiB": 1, "32 x 64 KiB": 32, "64 x 32 KiB": 64, "256 x 8 KiB": 256}
 WAYS = ["driver", "staged", ""]
 COUNT = 64
-"""Blocks of a job: one batch of the engine, 128 MiB, and four fills of its buffer."""
+"""Blocks of a job: two batches, 64 MiB each."""
 MANY = 120
-"""Of a job in two batches, which two threads copy side by side, each with a buffer of its own."""
+"""Of a job whose two batches two threads copy side by side, and fill each its own buffer four times."""
 CHUNK_BYTES = 64 * MIB
 CHUNKS = 9
 """Room for two jobs of `MANY` blocks."""
@@ -390,14 +390,14 @@ def test_a_load_arrives_before_it_has_ended(
 
 
 def test_nothing_arrives_after_cancel(pool: Pool, way: str, stream: torch.cuda.Stream) -> None:
-    batches = 5
-    kv = KV(64, blocks=batches * COUNT)
+    times = 5  # 640 MiB: four batches
+    kv = KV(64, blocks=times * COUNT)
     engine = start(pool, kv, way)
     refs = stored(pool, kv, engine)
     torch.cuda.synchronize()
     spin(stream)
-    blocks = numbers(0, batches * COUNT)
-    job = engine.submit_load(refs * batches, blocks, stream.cuda_stream)
+    blocks = numbers(0, times * COUNT)
+    job = engine.submit_load(refs * times, blocks, stream.cuda_stream)
     time.sleep(0.01)  # the first batches wait for the stream
     engine.cancel(job)
     kv.memory.fill_(7)
