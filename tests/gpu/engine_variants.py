@@ -30,9 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.arms import QUIET, print_failure, runner_env, work_folder
 from benchmarks.offline import kv_bytes_per_token, make_model
 from benchmarks.processes import ChildProcess, PoolDaemon, free_port, kv_transfer_config
-from vllm_kvpool._native import PoolView
-from vllm_kvpool.config import SHM_DIR, pool_dir
-from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.config import SHM_DIR
+from vllm_kvpool.pool.admin import fetch_stats
 
 ENGINE = Path(__file__).with_name("variant_engine.py")
 ENGINE_TIMEOUT_S = 150.0
@@ -139,8 +138,8 @@ class Runs:
         """A slot holds a shard for each rank, which together are the block once; with MLA, where every rank has all of
         it, the slot is one shard."""
         variant = self._variant
-        pool = PoolView.open(str(PoolPaths(pool_dir(self._pool, SHM_DIR)).pool))
-        spaces = [(json.loads(one["description"]), one) for one in pool.info()["namespaces"]]
+        stats = fetch_stats(self._pool, SHM_DIR)
+        spaces = [(json.loads(one["description"]), one) for one in stats["namespaces"]]
         ((fields, space),) = (pair for pair in spaces if pair[0]["epoch"] == self.name)
         kv_dtype = variant.engine.get("kv_cache_dtype", "auto")
         block_bytes = kv_bytes_per_token(variant.model, kv_dtype) * int(fields["block_tokens"])
