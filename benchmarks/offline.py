@@ -158,7 +158,7 @@ class OfflineEngine:
                 if isinstance(value, list):
                     self._sums[f"{name}:count"] += len(value)
                     self._sums[f"{name}:sum"] += sum(value)
-                else:
+                elif isinstance(value, int | float):  # others' may be anything
                     self._sums[name] += value
             hand_on(stats)
 
