@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Daemon, connect, until
+from hosts.fault_proxy import FaultProxy
 from redis_server import RedisServer
 
 from benchmarks.processes import free_port
@@ -62,6 +63,9 @@ class Host:
             assert "Traceback" not in self.daemon.errors(), self.daemon.errors()
 
 
+MakeHost = Callable[..., Host]
+
+
 @pytest.fixture
 def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     server = RedisServer(tmp_path).start()
@@ -100,3 +104,46 @@ def wait_listed(host: Host, blocks: int) -> None:
 def settle() -> None:
     """Longer than lookups are cached."""
     time.sleep(1.1)
+
+
+@pytest.fixture
+def make(shm_dir: Path) -> Iterator[MakeHost]:
+    """Daemons that know no directory."""
+    hosts: list[Host] = []
+
+    def make(*options: str, size: str = "64MiB", port: int = 0) -> Host:
+        folder = shm_dir / f"host{len(hosts)}"
+        folder.mkdir()
+        hosts.append(Host(Daemon(folder, *options, size=size).start(), port))
+        return hosts[-1]
+
+    yield make
+    for host in hosts:
+        host.close()
+
+
+def make_upstream(make: MakeHost, *options: str, size: str = "64MiB", port: int = 0) -> Host:
+    port = port or free_port()
+    return make("--listen", f"tcp://127.0.0.1:{port}", *options, size=size, port=port)
+
+
+def make_front(make: MakeHost, port: int, *options: str, size: str = "64MiB") -> Host:
+    return make("--upstream", f"tcp://127.0.0.1:{port}", *options, size=size)
+
+
+@pytest.fixture
+def upstream(make: MakeHost) -> Host:
+    return make_upstream(make)
+
+
+@pytest.fixture
+def front(make: MakeHost, upstream: Host) -> Host:
+    return make_front(make, upstream.port)
+
+
+@pytest.fixture
+def proxied(make: MakeHost) -> Iterator[tuple[Host, Host, FaultProxy]]:
+    """The pool in front reaches the upstream through the proxy only."""
+    upstream = make_upstream(make)
+    with FaultProxy(upstream.port) as proxy:
+        yield upstream, make_front(make, proxy.port), proxy

@@ -37,6 +37,8 @@ class FaultProxy:
         self.taken = 0
         """Bytes to the server."""
         self.connections = 0
+        self.most_connections: int | None = None
+        """Nothing passes over those beyond so many."""
         self._open: list[socket.socket] = []
         self._closing = False
         self._threads: list[threading.Thread] = []
@@ -68,9 +70,9 @@ class FaultProxy:
         self._open += [near, far]
         self.connections += 1
         for source, sink, answers in ((near, far, False), (far, near, True)):
-            self._start(self._pump, source, sink, answers)
+            self._start(self._pump, source, sink, answers, self.connections)
 
-    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool, number: int) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(CHUNK_BYTES):
                 if answers:
@@ -80,17 +82,18 @@ class FaultProxy:
                 else:
                     data = self._spoiled_upwards(data)
                     self.taken += len(data)
-                while self._holds(answers) and not self._closing:
+                while self._holds(answers, number) and not self._closing:
                     time.sleep(0.01)
                 sink.sendall(data)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
-    def _holds(self, answers: bool) -> bool:
+    def _holds(self, answers: bool, number: int) -> bool:
         stalled = answers and self.stall_after is not None and self.passed > self.stall_after
         held = not answers and self.hold_after is not None and self.taken > self.hold_after
-        return self.dropping or stalled or held
+        beyond = self.most_connections is not None and number > self.most_connections
+        return self.dropping or stalled or held or beyond
 
     def _spoiled(self, data: bytes) -> bytes:
         if self.corrupt_after is None or self.passed + len(data) <= self.corrupt_after:

@@ -19,12 +19,12 @@ def greeted_peer(context: zmq.Context[zmq.Socket[bytes]], door: zmq.Socket[bytes
     port = door.bind_to_random_port("tcp://127.0.0.1")
     peer = Peer(context, HostRecord(bytes(POOL_ID_BYTES), f"tcp://127.0.0.1:{port}", b""), None)
     give_up = time.monotonic() + WAIT_S
-    while not peer.greeted and time.monotonic() < give_up:
+    while not peer.num_greeted and time.monotonic() < give_up:
         list(peer.receive())
         if door.poll(10):
             identity, _ = door.recv_multipart()
             door.send_multipart([identity, protocol.encode(WELCOME)])
-    assert peer.greeted
+    assert peer.num_greeted
     return peer
 
 

@@ -29,7 +29,8 @@ def chain(name: str, first: int, count: int) -> BlockKeys:
 class Upstream:
     """Has room for the first `ROOM` blocks of the chain "long", and for all of any other."""
 
-    greeted = takes_writes = True
+    num_greeted = 4
+    takes_writes = True
     sockets = ("socket",)
 
     def __init__(self) -> None:
@@ -64,7 +65,9 @@ class Pushing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
-            pushes, "Outbox", lambda *_: SimpleNamespace(busy=False, released=0, pump=int)
+            pushes,
+            "Outbox",
+            lambda *_: SimpleNamespace(busy=False, released=0, pump=int, holds=lambda *_: False),
         )
         client = SimpleNamespace(
             readable=True, match_prefix=lambda keys: SlotRefs(bytes(8 * num_keys(keys)))

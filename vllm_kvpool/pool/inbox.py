@@ -3,12 +3,14 @@
     write_blocks -> prepare_store -> wanted -> blocks, each frame into its slot -> complete_store -> written
 
 For each connection at most `MAX_WRITES` are under way (more are refused as "busy"), of `MAX_READ_BYTES`
-each: there is a slot for every byte that may come, and no other memory. Whoever sends nothing for
-`IDLE_MS` has to begin anew.
+each: there is a slot for every byte that may come, and no other memory. A connection's bytes come in
+the order in which they were asked for; a write of which nothing comes for `IDLE_MS`, nor of one before
+it, has to begin anew.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +42,10 @@ class _Write:
     space: Space
     grant_id: int
     keys: frozenset[bytes]
+    heard_ms: int
+    """When something came for it last, or for one that was asked for before it."""
+    asked: int = 0
+    """Its place in the order of asking."""
     landing: Landing | None = None
     """None: there are no slots yet."""
     reason: str = ""
@@ -58,8 +64,7 @@ class Inbox:
         self._writes: dict[tuple[bytes, int], _Write] = {}
         self._by_grant: dict[tuple[bytes, int], _Write] = {}
         """(namespace, grant), until it comes."""
-        self._heard_ms: dict[bytes, int] = {}
-        """When a connection sent something last."""
+        self._asked = itertools.count(1)
 
     @property
     def busy(self) -> bool:
@@ -85,8 +90,8 @@ class Inbox:
         grant_id = space.client.prepare_store(BlockKeys(request.keys), request.parent)
         if grant_id is None:
             raise RefusedError("busy", "the pool takes no blocks just now")
-        write = _Write(connection, request, space, grant_id, frozenset(split_keys(request.keys)))
-        self._heard_ms[connection] = now
+        keys = frozenset(split_keys(request.keys))
+        write = _Write(connection, request, space, grant_id, keys, now)
         self._writes[write.name] = self._by_grant[space.digest, grant_id] = write
 
     def _has(self, space: Space, key: BlockKeys) -> bool:
@@ -119,6 +124,7 @@ class Inbox:
         if not any(refs):
             self._finish(write, 0)
             return True
+        write.asked = next(self._asked)
         write.landing = Landing(without_none(grant.refs), space.slot_bytes)
         places = bytes(map(bool, refs))
         self._answer(write.connection, Wanted(id=write.request.id, places=places))
@@ -129,11 +135,11 @@ class Inbox:
     def take_blocks(
         self, connection: bytes, blocks: Blocks, frames: list[memoryview], now: int
     ) -> None:
-        self._heard_ms[connection] = now
         write = self._writes.get((connection, blocks.id))
         if write is None or write.landing is None or write.whole is not None:
             self._counters["late_frames"] += len(frames)
             return
+        self._note_heard(write, now)
         view = write.space.client.view
         assert view is not None, "the view of slots being written is gone"
         try:
@@ -143,6 +149,11 @@ class Inbox:
             return
         if blocks.last:
             self._end(write, "")
+
+    def _note_heard(self, write: _Write, now: int) -> None:
+        for other in self._writes.values():
+            if other.connection == write.connection and other.asked >= write.asked:
+                other.heard_ms = now
 
     def _end(self, write: _Write, reason: str) -> None:
         """Whole blocks become visible, the other slots free."""
@@ -157,11 +168,8 @@ class Inbox:
             if write.whole is not None:
                 if not write.space.client.is_open(write.grant_id):
                     self._finish(write, num_refs(write.whole))
-            elif write.landing is not None and now - self._heard_ms[write.connection] > IDLE_MS:
+            elif write.landing is not None and now - write.heard_ms > IDLE_MS:
                 self._end(write, "deadline")
-        if len(self._heard_ms) > len(self._writes):
-            writing = {write.connection for write in self._writes.values()}
-            self._heard_ms = {name: self._heard_ms[name] for name in writing}
 
     def _finish(self, write: _Write, blocks: int) -> None:
         del self._writes[write.name]

@@ -115,6 +115,12 @@ class Outbox:
     def busy(self) -> bool:
         return bool(self._lines)
 
+    def holds(self, connection: bytes, request_id: int) -> bool:
+        """Whether bytes of that read are still here, or with ZeroMQ."""
+        line = self._lines.get(connection, _Line())
+        waiting = any(request.id == request_id for request, _ in line.waiting)
+        return waiting or any(read.request_id == request_id for read in line.reads)
+
     def pump(self) -> None:
         """Send what the windows allow; give back the leases on what has gone."""
         for connection, line in list(self._lines.items()):

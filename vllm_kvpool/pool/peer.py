@@ -80,14 +80,14 @@ class Peer:
         self.sockets = [connection.socket for connection in self._connections]
 
     @property
-    def greeted(self) -> bool:
-        """Whether it has answered, over one connection at least."""
-        return any(connection.greeted for connection in self._connections)
+    def num_greeted(self) -> int:
+        """Connections over which it has answered."""
+        return sum(connection.greeted for connection in self._connections)
 
     def refused(self, now: int) -> bool:
         """Whether it has never answered, for long: ZeroMQ does not connect again to a host that did not
         know our key. It may know it by now: make another."""
-        return not self.greeted and now - self._made_ms > GREETING_MS
+        return not self.num_greeted and now - self._made_ms > GREETING_MS
 
     def ask(self, request: MatchBlocks | ReadBlocks | WriteBlocks) -> zmq.Socket[bytes]:
         """Send it as soon as there is a connection, over the one with the least to do: its socket."""
@@ -104,6 +104,11 @@ class Peer:
             if read_id in connection.unanswered and not connection.forget_unsent({read_id}):
                 connection.queue.append(CancelRead(id=read_id))
                 self._flush(connection)
+
+    def forget(self, request_id: int) -> None:
+        """Its answer is not waited for any more."""
+        for connection in self._connections:
+            connection.unanswered.discard(request_id)
 
     def receive(self) -> Iterator[tuple[AnyReply, list[memoryview]]]:
         """What has come, a bounded number of messages. Frames are valid until the next one is

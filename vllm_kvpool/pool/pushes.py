@@ -11,7 +11,7 @@ pool memory, through an outbox, so a slow upstream costs leases on a few batches
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,13 +19,14 @@ import zmq
 
 from vllm_kvpool.pool.outbox import Outbox
 from vllm_kvpool.pool.peer import Peer
+from vllm_kvpool.pool.push_queue import Chain, PushQueue
 from vllm_kvpool.pool.spaces import Space, Spaces
 from vllm_kvpool.protocol import AnyReply, Error, ReadBlocks, Wanted, WriteBlocks, Written
-from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, num_refs, split_keys
+from vllm_kvpool.types import BlockKeys, num_keys, num_refs, split_keys
 
 BATCH_BYTES = 8 << 20
-MAX_OPEN = 12
-"""Batches under way: enough for every connection to have the next one waiting."""
+WRITES_A_CONNECTION = 3
+"""Under way on each that is up: the next one waits already, and the upstream takes eight."""
 MAX_WAITING = 65_536
 """Blocks in the queue."""
 LOOKED_AT = 64
@@ -34,6 +35,8 @@ PATIENCE_MS = 10_000
 """For blocks to become READY; an engine that writes for longer has died or given up."""
 STALL_MS = 5_000
 """An upstream that takes and says nothing for so long is lost."""
+ANSWER_MS = 15_000
+"""For a batch of which nothing is here any more. The upstream waits ten seconds for a byte."""
 PAUSE_MS = 1_000
 """After a refusal that may pass."""
 RETRY_MS = 2_000
@@ -43,36 +46,14 @@ RETRIED = {"no_room", "busy", "deadline", "checksum", "lost"}
 
 
 @dataclass(slots=True, eq=False)
-class _Chain:
-    digest: bytes
-    parent: bytes
-    keys: BlockKeys
-    since_ms: int
-    tries: int = 0
-    not_before_ms: int = 0
-
-    def split(self, blocks: int) -> tuple[_Chain, _Chain | None]:
-        """Its first blocks, and the rest."""
-        end = blocks * KEY_BYTES
-        head = _Chain(self.digest, self.parent, BlockKeys(self.keys[:end]), self.since_ms)
-        head.tries = self.tries
-        if end >= len(self.keys):
-            return head, None
-        rest = BlockKeys(self.keys[end:])
-        return head, _Chain(self.digest, head.last, rest, self.since_ms)
-
-    @property
-    def last(self) -> bytes:
-        return self.keys[-KEY_BYTES:]
-
-
-@dataclass(slots=True, eq=False)
 class _Push:
     """A batch under way."""
 
-    batch: _Chain
+    batch: Chain
     space: Space
     socket: zmq.Socket[bytes]
+    heard_ms: int
+    """When the upstream said something about it, or bytes of it were still here."""
     num_wanted: int | None = None
     """None: not answered yet."""
 
@@ -92,10 +73,7 @@ class Pushes:
         self._add_whole = add_whole
         self._counters = counters
         self._ids = itertools.count(1)
-        self._queue: deque[_Chain] = deque()
-        self._tails: dict[bytes, _Chain] = {}
-        """Chains of the queue by their last key."""
-        self._num_waiting = 0
+        self._queue = PushQueue(counters)
         self._peer: Peer | None = None
         self._outboxes: dict[zmq.Socket[bytes], Outbox] = {}
         self._leaving: list[Outbox] = []
@@ -109,48 +87,15 @@ class Pushes:
 
     def add(self, digest: bytes, parent: bytes, keys: BlockKeys, now: int) -> None:
         """A chain for which an engine has got slots."""
-        self._num_waiting += num_keys(keys)
-        before = self._tails.pop(parent, None) if parent else None
-        if before is not None and before.digest == digest:
-            before.keys = BlockKeys(before.keys + keys)
-            before.since_ms = now
-            self._tails[before.last] = before
-        else:
-            self._put(_Chain(digest, parent, keys, now))
-        while self._num_waiting > MAX_WAITING and len(self._queue) > 1:
-            self._drop(self._take_out(0), "slow" if self._reachable else "lost")
-
-    def _put(self, chain: _Chain, *, first: bool = False) -> None:
-        if first:
-            self._queue.appendleft(chain)
-        else:
-            self._queue.append(chain)
-        self._tails[chain.last] = chain
-
-    def _put_back(self, chain: _Chain) -> None:
-        self._num_waiting += num_keys(chain.keys)
-        self._put(chain, first=True)
-
-    def _take_out(self, place: int) -> _Chain:
-        chain = self._queue[place]
-        del self._queue[place]
-        self._num_waiting -= num_keys(chain.keys)
-        if self._tails.get(chain.last) is chain:
-            del self._tails[chain.last]
-        return chain
-
-    def _drop(self, chain: _Chain, reason: str) -> None:
-        self._counters[f"push_{reason}"] += num_keys(chain.keys)
-
-    def _drop_all(self, reason: str) -> None:
-        while self._queue:
-            self._drop(self._take_out(0), reason)
+        self._queue.add(Chain(digest, parent, keys, now))
+        while self._queue.num_blocks > MAX_WAITING and len(self._queue) > 1:
+            self._queue.drop(self._queue.take_out(0), "slow" if self._reachable else "lost")
 
     # a turn ---------------------------------------------------------------------------------------
 
     @property
     def _reachable(self) -> bool:
-        return self._peer is not None and self._peer.greeted
+        return self._peer is not None and self._peer.num_greeted > 0
 
     @property
     def sockets(self) -> list[zmq.Socket[bytes]]:
@@ -167,7 +112,7 @@ class Pushes:
         return bool(self._queue) and self._reachable
 
     def turn(self, now: int) -> None:
-        self._counters["push_waiting"] = self._num_waiting
+        self._counters["push_waiting"] = self._queue.num_blocks
         self._leaving = [outbox for outbox in self._leaving if _pumped(outbox).busy]
         if self._peer is None:
             if not self._queue or now < self._not_before_ms:
@@ -183,6 +128,7 @@ class Pushes:
                 return
         for outbox in self._outboxes.values():
             outbox.pump()
+        self._retry_unanswered(now)
         progress = sum(outbox.released for outbox in self._outboxes.values())
         if progress != self._progress or not self._open:
             self._progress, self._heard_ms = progress, now
@@ -192,6 +138,18 @@ class Pushes:
             self.close()
         elif self._reachable and now >= self._not_before_ms:
             self._begin(now)
+
+    def _retry_unanswered(self, now: int) -> None:
+        """Of batches whose answer got lost, while others are answered."""
+        assert self._peer is not None
+        for push_id, push in list(self._open.items()):
+            if self._outboxes[push.socket].holds(b"", push_id):
+                push.heard_ms = now
+            elif now - push.heard_ms > ANSWER_MS:
+                del self._open[push_id]
+                self._peer.forget(push_id)
+                self._counters["push_unanswered"] += 1
+                self._refused(push, "lost", now)
 
     def _enter(self, now: int) -> None:
         self._peer = self._connect()
@@ -224,11 +182,12 @@ class Pushes:
     def _begin(self, now: int) -> None:
         assert self._peer is not None
         if not self._peer.takes_writes:
-            self._drop_all("version")
+            self._queue.drop_all("version")
         place = 0
         unanswered = {p.batch.last for p in self._open.values() if p.num_wanted is None}
-        unanswered |= self._tails.keys()
-        while place < min(len(self._queue), LOOKED_AT) and len(self._open) < MAX_OPEN:
+        unanswered |= self._queue.lasts
+        most_open = WRITES_A_CONNECTION * self._peer.num_greeted
+        while place < min(len(self._queue), LOOKED_AT) and len(self._open) < most_open:
             chain = self._queue[place]
             space = self._spaces.get(chain.digest, now)
             held_up = (
@@ -236,28 +195,30 @@ class Pushes:
             )
             ready = 0 if held_up or space is None else _ready(space, chain)
             if ready and space is not None:
-                batch = self._ask(self._take_out(place), space, ready)
+                batch = self._ask(self._queue.take_out(place), space, ready, now)
                 unanswered.add(batch.last)
             elif now - chain.since_ms > PATIENCE_MS and not held_up:
-                self._drop(self._take_out(place), "evicted")
+                self._queue.drop(self._queue.take_out(place), "evicted")
             else:
                 place += 1
 
-    def _ask(self, chain: _Chain, space: Space, ready: int) -> _Chain:
+    def _ask(self, chain: Chain, space: Space, ready: int, now: int) -> Chain:
         assert self._peer is not None
         batch, rest = chain.split(min(ready, max(1, BATCH_BYTES // space.slot_bytes)))
         if rest is not None:
-            self._put_back(rest)  # its turn comes when this batch is answered
+            self._queue.put_back(rest)  # its turn comes when this batch is answered
         request = WriteBlocks(
             id=next(self._ids), namespace=space.namespace, keys=batch.keys, parent=batch.parent
         )
-        self._open[request.id] = _Push(batch, space, self._peer.ask(request))
+        self._open[request.id] = _Push(batch, space, self._peer.ask(request), now)
         return batch
 
     # answers --------------------------------------------------------------------------------------
 
     def _take(self, reply: AnyReply, now: int) -> None:
         push = self._open.get(reply.id)
+        if push is not None:
+            push.heard_ms = now
         match reply:
             case Wanted() if push is not None and push.num_wanted is None:
                 self._send(reply, push)
@@ -267,7 +228,7 @@ class Pushes:
             case Error(code="hello"):
                 self._lose(now)
             case Error(code="version"):
-                self._drop_all("version")
+                self._queue.drop_all("version")
             case Error() if push is not None:
                 del self._open[reply.id]
                 self._counters[f"peer_error_{reply.code}"] += 1
@@ -295,23 +256,15 @@ class Pushes:
                 self._not_before_ms = now + PAUSE_MS
             self._retry(push.batch, reason)
         else:
-            self._drop(push.batch, "refused")
+            self._queue.drop(push.batch, "refused")
 
-    def _retry(self, batch: _Chain, reason: str) -> None:
+    def _retry(self, batch: Chain, reason: str) -> None:
         batch.tries += 1
         if batch.tries < MAX_TRIES:
-            self._put_back(batch)
+            self._queue.put_back(batch)
         else:
-            self._drop(batch, reason)
-            self._drop_behind(batch, reason)
-
-    def _drop_behind(self, batch: _Chain, reason: str) -> None:
-        """Without it they would be refused, and the whole chain offered again, and so on."""
-        lost = batch.last
-        while place := next((n for n, c in enumerate(self._queue, 1) if c.parent == lost), 0):
-            chain = self._take_out(place - 1)
-            self._drop(chain, reason)
-            lost = chain.last
+            self._queue.drop(batch, reason)
+            self._queue.drop_behind(batch, reason)
 
 
 def _is_known(space: Space | None) -> bool:
@@ -319,7 +272,7 @@ def _is_known(space: Space | None) -> bool:
     return space is None or space.client.readable
 
 
-def _ready(space: Space, chain: _Chain) -> int:
+def _ready(space: Space, chain: Chain) -> int:
     """How many of its leading blocks can be sent."""
     if chain.parent and not space.client.match_prefix(BlockKeys(chain.parent)):
         return 0

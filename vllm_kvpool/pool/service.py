@@ -278,8 +278,10 @@ class PoolService:
         raise RefusedError("namespace", "no such namespace in this pool")
 
     def _counted(self) -> dict[str, int]:
-        elsewhere = self._exchange.stats() if self._exchange is not None else {}
-        return dict(self.counters + Counter(elsewhere))
+        counted = self.counters.copy()
+        if self._exchange is not None:
+            counted.update(self._exchange.stats())  # and not `+`, which leaves zeros out
+        return dict(counted)
 
     def _stats(self, request: Stats) -> StatsReply:
         owner = self._owner
