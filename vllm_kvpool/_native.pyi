@@ -114,6 +114,9 @@ class PoolOwner:
     def expire(self, now_s: int) -> int:
         """Forget blocks whose time is over; how many."""
     def evict(self, namespace: int, count: int) -> int: ...
+    def mark_copies(self, keys: Buffer, source: bytes) -> int:
+        """That host has these blocks, too: the READY ones that are nobody's copies yet, and not pinned, become its
+        copies, as if used once; how many did."""
     def copy_sources(self) -> list[bytes]:
         """Hosts that blocks here are copies of."""
     def forget_source(self, source: bytes) -> None:
@@ -123,9 +126,10 @@ class PoolOwner:
     def take_changes(self) -> list[tuple[int, bytes, bytes]]:
         """Since the last call, by namespace: (its index, keys that became READY, keys that were forgotten). A key in
         both has come and gone; whether it is there now, the index knows."""
-    def ready_keys(self, first: int, limit: int) -> tuple[int, bytes, int]:
+    def ready_keys(self, first: int, limit: int, *, leaves: bool = False) -> tuple[int, bytes, int]:
         """Looks at no more than `limit` slots from number `first` on: the namespace that has them (-1: none), the
-        keys of the READY blocks among them, and the slot to go on with (`num_slots` at the end)."""
+        keys of the READY blocks among them (`leaves`: that no block follows), and the slot to go on with (`num_slots`
+        at the end)."""
     def path_to(self, key: bytes) -> bytes:
         """Keys of the chain that ends with `key`, head first; b"" when it is not READY up to there, or has lost its
         head."""

@@ -1,8 +1,9 @@
 """A host's CURVE keys: who it is, and which hosts it talks to.
 
 A folder as `zmq.auth` writes them: one `<name>.key_secret` is our own, and every `<name>.key` beside
-it is the public key of a host (or a client) that may read from us and from which we read. Files that
-come later count at once; nothing has to be restarted.
+it is the public key of a host (or a client) that may read from us and from which we read. It may write, too,
+unless there is a folder `writers` beside them: then only hosts whose keys lie in that one may. Files
+that come later count at once; nothing has to be restarted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from vllm_kvpool.errors import ConfigError
 
+WRITERS = "writers"
 _DOMAIN = "kvpool"
 _READ_AGAIN_S = 1.0
 
@@ -47,6 +49,8 @@ class HostKeys:
             raise ConfigError("keys", str(folder), fix)
         self.public, self._secret = _read(secrets[0])
         self._allowed: frozenset[bytes] = frozenset()
+        self._writers: frozenset[bytes] | None = None
+        """None: all."""
         self._read_at_s = -_READ_AGAIN_S
         self._read_allowed()
 
@@ -54,6 +58,11 @@ class HostKeys:
         """`public_key` in Z85."""
         self._read_allowed()
         return public_key in self._allowed
+
+    def lets_write(self, public_key: bytes) -> bool:
+        """`public_key` in Z85, of a host that may connect."""
+        self._read_allowed()
+        return self._writers is None or public_key in self._writers
 
     def named(self, name: str) -> bytes:
         """The public key in `<name>.key`, in Z85. ConfigError: there is none."""
@@ -68,8 +77,9 @@ class HostKeys:
         if now_s < self._read_at_s + _READ_AGAIN_S:
             return
         self._read_at_s = now_s
-        files = self._folder.glob("*.key")
-        self._allowed = frozenset(key for key in map(_public, files) if key)
+        folder = self._folder / WRITERS
+        self._writers = _public_keys(folder) if folder.exists() else None
+        self._allowed = _public_keys(self._folder) | (self._writers or frozenset())
 
     def callback(self, domain: str, key: bytes) -> bool:
         """What `zmq.auth` asks, on its own thread."""
@@ -103,6 +113,10 @@ def _read(file: Path) -> tuple[bytes, bytes]:
     if secret is None:
         raise ConfigError("keys", str(file), "it holds no secret key: vllm-kvpool keygen")
     return public, secret
+
+
+def _public_keys(folder: Path) -> frozenset[bytes]:
+    return frozenset(key for key in map(_public, folder.glob("*.key")) if key)
 
 
 def _public(file: Path) -> bytes | None:

@@ -252,8 +252,8 @@ class StatsReply(Message, tag="stats_reply", frozen=True, kw_only=True):
 
 
 class Error(Message, tag="error", frozen=True, kw_only=True):
-    """Codes: hello, version, malformed, too_large, deadline, lock, namespace, clients_full, busy,
-    internal."""
+    """Codes: hello, version, malformed, too_large, deadline, lock, namespace, clients_full, forbidden,
+    busy, internal."""
 
     code: str
     message: str

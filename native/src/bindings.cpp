@@ -317,6 +317,12 @@ void bind_owner(nb::module_& m) {
             "namespace"_a = -1, nb::kw_only(), "pinned"_a = true)
         .def("expire", &PoolOwner::expire, "now_s"_a)
         .def("evict", &PoolOwner::evict, "namespace"_a, "count"_a)
+        .def(
+            "mark_copies",
+            [](PoolOwner& o, nb::handle keys, nb::bytes source) {
+                return o.mark_copies(unpack_keys(keys), unpack_host(source));
+            },
+            "keys"_a, "source"_a)
         .def("copy_sources",
              [](PoolOwner& o) {
                  nb::list ids;
@@ -336,12 +342,12 @@ void bind_owner(nb::module_& m) {
              })
         .def(
             "ready_keys",
-            [](PoolOwner& o, uint32_t from, uint32_t limit) {
-                auto [name_space, keys, next] = o.ready_keys(from, limit);
+            [](PoolOwner& o, uint32_t from, uint32_t limit, bool leaves) {
+                auto [name_space, keys, next] = o.ready_keys(from, limit, leaves);
                 int index = name_space == kNoSlot ? -1 : static_cast<int>(name_space);
                 return nb::make_tuple(index, pack_keys(keys), next);
             },
-            "first"_a, "limit"_a)
+            "first"_a, "limit"_a, nb::kw_only(), "leaves"_a = false)
         .def(
             "path_to",
             [](PoolOwner& o, nb::bytes key) {

@@ -363,6 +363,22 @@ void PoolOwner::touch(const std::vector<SlotRef>& chain) {
     }
 }
 
+size_t PoolOwner::mark_copies(const std::vector<BlockKey>& keys, const HostId& source) {
+    uint16_t number = copies_.number_of(source);
+    if (number == 0) return 0;
+    size_t marked = 0;
+    for (const BlockKey& key : keys) {
+        uint32_t slot = index_.find(key);
+        if (slot == kNoSlot || state(slot) != SlotState::kReady || pinned(slot) || copies_.is_copy(slot)) continue;
+        copies_.unmark(slot);  // a source that was forgotten
+        copies_.mark(slot, number);
+        copies_.use(slot);  // by who made it: unlike a copy that was pulled for somebody, it may go at once
+        review_copy(slot);
+        ++marked;
+    }
+    return marked;
+}
+
 size_t PoolOwner::drop(const std::vector<SlotRef>& refs) {
     size_t dropped = 0;
     for (SlotRef ref : refs) {

@@ -33,7 +33,7 @@ std::vector<BlockKey> PoolOwner::path_to(const BlockKey& key) const {
     return path;
 }
 
-PoolOwner::ReadyKeys PoolOwner::ready_keys(uint32_t from, uint32_t limit) const {
+PoolOwner::ReadyKeys PoolOwner::ready_keys(uint32_t from, uint32_t limit, bool leaves) const {
     if (from >= file_.geometry().num_slots() || limit == 0) throw std::invalid_argument("no such slots");
     uint32_t slab = file_.slab_of(from);
     const SlabEntry& entry = file_.slabs()[slab];
@@ -45,7 +45,8 @@ PoolOwner::ReadyKeys PoolOwner::ready_keys(uint32_t from, uint32_t limit) const 
     uint32_t end = first + entry.num_slots.load(std::memory_order_relaxed);
     if (from < end && limit < end - from) found.next = end = from + limit;
     for (uint32_t slot = from; slot < end; ++slot) {
-        if (state(slot) == SlotState::kReady) found.keys.push_back(header(slot).load_key());
+        bool wanted = state(slot) == SlotState::kReady && !(leaves && chains_.has_children(slot));
+        if (wanted) found.keys.push_back(header(slot).load_key());
     }
     return found;
 }

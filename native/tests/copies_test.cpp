@@ -169,6 +169,42 @@ TEST(a_source_that_is_gone_leaves_ordinary_blocks) {
     CHECK_EQ(f.left(keys_of(300, 5)), 0u);
 }
 
+// What was made here and has gone to another host is as good as used by who made it, and may go at once.
+TEST(blocks_that_another_host_has_by_now_go_first) {
+    for (const char* policy : kPolicies) {
+        Fixture f(policy);
+        std::vector<BlockKey> sent = keys_of(200, 10);
+        f.pool.store(f.engine, sent);
+        CHECK_EQ(f.pool.owner->mark_copies(sent, kOther), 10u);
+        CHECK_EQ(f.pool.stat("copies"), 20u);
+        CHECK_EQ(f.evict(4), 4u);
+        CHECK_EQ(f.left(sent), 6u);
+        f.use(keys_of(200, 2));
+        CHECK_EQ(f.pool.stat("kept_copies"), 2u);
+        CHECK_EQ(f.evict(6), 6u);
+        CHECK_EQ(f.left(sent), 2u);
+        CHECK_EQ(f.left(f.own), 8u);
+    }
+}
+
+TEST(what_cannot_become_a_copy) {
+    Fixture f;
+    StoreOptions pinned;
+    pinned.pin = true;
+    f.pool.store(f.engine, keys_of(200, 3), nullptr, pinned);
+    f.pool.prepare(f.engine, keys_of(300, 3));
+    for (const auto& keys : {keys_of(200, 3), keys_of(300, 3), keys_of(400, 3), f.copies}) {
+        CHECK_EQ(f.pool.owner->mark_copies(keys, kOther), 0u);
+        f.pool.owner->check_integrity();
+    }
+    // Those of a source that was forgotten can.
+    f.pool.owner->forget_source(kHost);
+    CHECK_EQ(f.pool.owner->mark_copies(f.copies, kOther), 10u);
+    f.pool.owner->check_integrity();
+    CHECK_EQ(f.evict(10), 10u);
+    CHECK_EQ(f.left(f.copies), 0u);
+}
+
 TEST(pinned_blocks_are_no_copies) {
     Fixture f;
     StoreOptions options = from(kHost);

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -70,7 +71,8 @@ class Records(Target):
     def __init__(self, shm_dir: Path) -> None:
         config = PoolConfig(name="fuzz", directory=URL)
         self._host = FuzzHost(shm_dir)
-        self._exchange = Exchange(self._host.daemon.paths, config, OWN.hex(), lambda key: b"")
+        owner: Any = SimpleNamespace(pool_id=OWN.hex())
+        self._exchange = Exchange(self._host.daemon.paths, config, owner)
 
     def seeds(self) -> list[bytes]:
         me = _record(HostRecord(OWN, "tcp://10.0.0.1:7707"))

@@ -6,7 +6,7 @@ import msgpack
 import zmq
 from helpers import connect, keys_of, namespace_of, prepare, run_cli, store, until
 from hosts.conftest import Host, MakeHost, make_front, make_upstream
-from hosts.fronts import COUNT, check_has, quiet_port, wait_pushed
+from hosts.fronts import COUNT, check_has, quiet_port, wait_pushed, wait_there
 
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs, unpack_refs
 
@@ -158,3 +158,69 @@ def test_a_namespace_that_does_not_fit(make: MakeHost, upstream: Host) -> None:
     assert num_refs(client.match_prefix(keys)) == 2
     assert upstream.counter("error_namespace") == 1
     client.close()
+
+
+def test_what_waited_goes_after_a_restart(make: MakeHost) -> None:
+    """Also in chains that do not grow any more; nobody remembers what was pushed, so the upstream is asked."""
+    port = quiet_port()
+    front = make_front(make, port)
+    chains = [keys_of(f"chain {i}", 15) for i in range(20)]
+    for keys in chains:
+        store(front.client, keys)
+    branch = keys_of("branch", 3)
+    store(front.client, branch, parent=BlockKeys(chains[0][4 * KEY_BYTES : 5 * KEY_BYTES]))
+    front.daemon.kill()
+    front.daemon.start()
+    upstream = make_upstream(make, port=port)
+    for keys in [*chains, BlockKeys(chains[0][: 5 * KEY_BYTES] + branch)]:
+        wait_there(upstream, keys)
+    wait_pushed(front, 20 * 15 + 3)
+    assert upstream.counter("written_blocks") == 20 * 15 + 3
+
+
+def test_after_a_restart_nothing_goes_twice(front: Host, upstream: Host) -> None:
+    for i in range(20):
+        store(front.client, keys_of(f"chain {i}", 15))
+    wait_pushed(front, 20 * 15)
+    front.daemon.kill()
+    front.daemon.start()
+    # The last block of each is known to be there, once it was asked for.
+    until(lambda: front.counter("copies") == 20, "all chains to be asked for")
+    assert (front.counter("push_waiting"), front.counter("sent_blocks")) == (0, 0)
+    assert upstream.counter("written_blocks") == 20 * 15
+
+
+def test_what_was_pushed_goes_first(make: MakeHost, upstream: Host) -> None:
+    """In a full pool, before blocks that are here alone."""
+    front = make_front(make, upstream.port, size="16MiB")
+    pushed, alone = keys_of("pushed", 60), keys_of("alone", 60)
+    store(front.client, pushed)
+    until(lambda: front.counter("copies") == 60, "the push")
+    upstream.daemon.pause()
+    store(front.client, alone)
+    number = 0
+    while front.counter("evicted") < 30:
+        store(front.client, keys_of(f"fill {number}", 10))
+        number += 1
+    assert front.counter("evicted_copies") == front.counter("evicted")
+    check_has(front, alone)
+    upstream.daemon.resume()
+    for i in range(number):
+        wait_there(upstream, keys_of(f"fill {i}", 10))
+    wait_there(upstream, alone)
+    check_has(upstream, pushed)
+
+
+def test_what_others_write_goes_on(make: MakeHost, upstream: Host) -> None:
+    """A pool that has an upstream and is one."""
+    between = make_upstream(make, "--upstream", f"tcp://127.0.0.1:{upstream.port}")
+    front = make_front(make, between.port)
+    keys = keys_of("chain", COUNT)
+    store(front.client, keys)
+    wait_there(between, keys)
+    wait_there(upstream, keys)
+    wait_pushed(between, COUNT)
+    # What it gets from its own upstream does not go back.
+    store(upstream.client, keys_of("other", 20))
+    assert between.pull(keys_of("other", 20)).blocks == 20
+    assert between.counter("pushed_blocks") == upstream.counter("written_blocks") == COUNT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,30 @@ def test_an_unknown_key_writes_nothing(make: MakeHost, folders: dict[str, Path],
     counted = ("peer_requests", "written_blocks", "sent_blocks")
     assert [upstream.counter(name) for name in counted] == [0, 0, 0]
     check_has(front, keys)
+
+
+def test_only_writers_write(make: MakeHost, folders: dict[str, Path]) -> None:
+    """Where there is a list of them. Others read; who is added to it writes at once."""
+    writers = folders["up"] / "writers"
+    writers.mkdir()
+    upstream = make_upstream(make, "--keys", str(folders["up"]))
+    front = make_front(make, upstream.port, "--keys", str(folders["front"]))
+    store(front.client, keys_of("first", 20))
+    until(lambda: front.counter("push_refused") == 20, "the refusal")
+    assert front.counter("peer_error_forbidden") == upstream.counter("error_forbidden") > 0
+    assert upstream.counter("stored") == 0
+    there = keys_of("there", 20)
+    store(upstream.client, there)
+    assert front.pull(there).blocks == 20
+    check_has(front, there)
+    (folders["up"] / "front.key").rename(writers / "front.key")
+
+    def writes() -> bool:
+        store(front.client, keys_of(f"at {time.monotonic()}", 2))
+        time.sleep(0.1)
+        return front.counter("pushed_blocks") > 0
+
+    until(writes, "the right to write")
 
 
 def test_a_key_that_comes_later_counts(make: MakeHost, folders: dict[str, Path]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from vllm_kvpool.pool import pushes
+from vllm_kvpool.pool.offers import WHOLE
 from vllm_kvpool.pool.pushes import MAX_TRIES, PAUSE_MS, Pushes
 from vllm_kvpool.protocol import WriteBlocks, Written
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs, num_keys
@@ -77,11 +78,12 @@ class Pushing:
         self.upstream: Any = Upstream()
         self.counters: Counter[str] = Counter()
         self.whole: list[bytes] = []
-        self.pushes = Pushes(spaces, lambda: self.upstream, self._add_whole, self.counters)
+        self.pushes = Pushes(spaces, lambda: self.upstream, self._tell, self.counters)
         self.now = 0
 
-    def _add_whole(self, digest: bytes, last: bytes) -> None:
-        self.whole.append(last)
+    def _tell(self, what: bytes, digest: bytes, keys: bytes) -> None:
+        if what == WHOLE:
+            self.whole.append(keys)
 
     def run(self, milliseconds: int) -> None:
         end = self.now + milliseconds

@@ -48,6 +48,7 @@ class Daemon:
         self._exchange = exchange
         directory = exchange.directory if exchange is not None else None
         self._announcer = Announcer(owner, directory) if directory is not None else None
+        self._offers = exchange.offers if exchange is not None else None
         self._sources = Sources(owner, exchange.finder if exchange is not None else None)
         self._stopping = False
         self._next_reap_ms = 0
@@ -130,6 +131,8 @@ class Daemon:
             self._sources.review(now)
         if self._announcer is not None:
             self._announcer.turn(now)
+        if self._offers is not None:
+            self._offers.turn(now)
 
     def _look_for_file(self) -> None:
         if self._file_missed:

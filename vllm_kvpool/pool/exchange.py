@@ -12,7 +12,6 @@ import itertools
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import msgspec
 import zmq
 
 from vllm_kvpool import protocol
+from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.clock import now_ms
 from vllm_kvpool.config import PoolConfig
 from vllm_kvpool.curve import HostKeys
@@ -29,6 +29,7 @@ from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.directory import Directory, HostRecord
 from vllm_kvpool.pool.finder import Finder
 from vllm_kvpool.pool.flight import Asker
+from vllm_kvpool.pool.offers import WHOLE, Offers
 from vllm_kvpool.pool.peer import (
     HEARTBEAT_MS,
     HEARTBEAT_TIMEOUT_MS,
@@ -41,7 +42,7 @@ from vllm_kvpool.pool.pushes import Pushes
 from vllm_kvpool.pool.spaces import Spaces
 from vllm_kvpool.pool.upstream import Upstream
 from vllm_kvpool.protocol import MAX_MESSAGE_BYTES, CancelPull, Pull, Pulled
-from vllm_kvpool.types import BlockKeys, num_keys
+from vllm_kvpool.types import BlockKeys
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +58,8 @@ _MAILBOXES = itertools.count()
 class Exchange:
     """ConfigError: the endpoint cannot be bound, or the keys or the directory's URL are unusable."""
 
-    def __init__(
-        self, paths: PoolPaths, config: PoolConfig, pool_id: str, path_to: Callable[[bytes], bytes]
-    ) -> None:
-        """`path_to`: see `PoolOwner`; called by the daemon's loop."""
+    def __init__(self, paths: PoolPaths, config: PoolConfig, owner: PoolOwner) -> None:
+        """`owner`: for the daemon's loop; this thread does not touch it."""
         config.check_access()
         self.counters: Counter[str] = Counter()
         self._directory_counters: Counter[str] = Counter()
@@ -68,15 +67,18 @@ class Exchange:
         serves = config.listen.startswith("tcp://")
         self.directory: Directory | None = None
         self._upstream = Upstream(config.upstream, self._keys) if config.upstream else None
+        self.offers: Offers | None = None
+        if self._upstream is not None:
+            host_id = self._upstream.host.id
+            self.offers = Offers(owner, host_id, self._submit_chain, self.counters)
+        self._pool_id = owner.pool_id
         if config.directory:
-            me = self._record(config, pool_id) if serves else None
+            me = self._record(config) if serves else None
             self.directory = Directory(
-                config.directory, config.name, pool_id, me, self._directory_counters
+                config.directory, config.name, self._pool_id, me, self._directory_counters
             )
         self.finder: Finder | None = self.directory or self._upstream
         self._spaces = Spaces(paths)
-        self._pool_id = pool_id
-        self._path_to = path_to
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=IO_THREADS)
         self._context.set(zmq.MAX_SOCKETS, MAX_SOCKETS)
         self.mailbox, self._inbox = self._mailboxes()
@@ -87,9 +89,11 @@ class Exchange:
         self._polled: list[Any] = []
         self._thread = threading.Thread(target=self._run, name="kvpool-exchange", daemon=True)
 
-    def _record(self, config: PoolConfig, pool_id: str) -> HostRecord:
+    def _record(self, config: PoolConfig) -> HostRecord:
         public_key = self._keys.public if self._keys else b""
-        return HostRecord(bytes.fromhex(pool_id), config.advertise or config.listen, public_key)
+        return HostRecord(
+            bytes.fromhex(self._pool_id), config.advertise or config.listen, public_key
+        )
 
     def _mailboxes(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """Two ends: one for the daemon's loop, one for this thread."""
@@ -156,36 +160,23 @@ class Exchange:
         """Whether there is anybody to ask for blocks."""
         return self.finder is not None
 
-    def stored(self, client_id: str, digest: bytes, parent: bytes, keys: bytes) -> None:
-        """A client got slots for a chain: the upstream shall have it, too, unless it comes from there."""
-        if self._upstream is None or self._spaces.owns(client_id):
-            return
-        self._submit_chain(digest, parent, keys)
-
-    def _submit_chain(self, digest: bytes, parent: bytes, keys: bytes) -> None:
+    def _submit_chain(self, digest: bytes, parent: bytes, keys: bytes) -> bool:
         try:
             self.mailbox.send_multipart([digest, parent, keys], zmq.NOBLOCK)
         except zmq.Again:
-            self.counters["push_busy"] += num_keys(keys)
+            return False
+        return True
 
     def take_replies(self) -> list[tuple[bytes, Pulled]]:
         """(connection, answer)."""
         replies = []
         while self.mailbox.poll(0):
-            connection, *rest = self.mailbox.recv_multipart()
-            if len(rest) == 1:
-                replies.append((connection, msgspec.msgpack.decode(rest[0], type=Pulled)))
-            else:
-                self._push_whole(*rest)
+            match self.mailbox.recv_multipart():
+                case [connection, reply]:
+                    replies.append((connection, msgspec.msgpack.decode(reply, type=Pulled)))
+                case [what, digest, keys] if self.offers is not None:
+                    self.offers.hear(what, digest, keys)
         return replies
-
-    def _push_whole(self, digest: bytes, key: bytes) -> None:
-        """The upstream has lost what comes before that block: offer it all, from the head on."""
-        keys = self._path_to(key)
-        if keys:
-            self._submit_chain(digest, b"", keys)
-        else:
-            self.counters["push_no_parent"] += 1
 
     def stats(self) -> dict[str, int]:
         return dict(self.counters) | dict(self._directory_counters)
@@ -200,14 +191,14 @@ class Exchange:
             Pushes(
                 self._spaces,
                 partial(self._connect_for_pushes, upstream.host),
-                self._ask_for_whole,
+                self._tell_offers,
                 counters,
             )
             if upstream is not None
             else None
         )
         self._door = (
-            PeerDoor(self._door_socket, self._spaces, self._pool_id, counters)
+            PeerDoor(self._door_socket, self._spaces, self._pool_id, counters, self._keys)
             if self._door_socket is not None
             else None
         )
@@ -299,11 +290,11 @@ class Exchange:
                 self._pulls.cancel(connection, request.id, now)
         return False
 
-    def _ask_for_whole(self, digest: bytes, key: bytes) -> None:
+    def _tell_offers(self, what: bytes, digest: bytes, keys: bytes) -> None:
         try:
-            self._inbox.send_multipart([b"", digest, key], zmq.NOBLOCK)
+            self._inbox.send_multipart([what, digest, keys], zmq.NOBLOCK)
         except zmq.Again:
-            self.counters["push_busy"] += 1
+            self.counters["push_busy"] += what == WHOLE
 
     def _answer(self, connection: bytes, pulled: Pulled) -> None:
         try:

@@ -16,6 +16,7 @@ import zmq
 
 from vllm_kvpool import protocol
 from vllm_kvpool.clock import now_ms
+from vllm_kvpool.curve import HostKeys
 from vllm_kvpool.pool.inbox import Inbox
 from vllm_kvpool.pool.outbox import Outbox
 from vllm_kvpool.pool.requests import RefusedError, check_version, checked_keys, decode, id_of
@@ -52,12 +53,19 @@ class _NotYetError(Exception):
 
 class PeerDoor:
     def __init__(
-        self, socket: zmq.Socket[bytes], spaces: Spaces, pool_id: str, counters: Counter[str]
+        self,
+        socket: zmq.Socket[bytes],
+        spaces: Spaces,
+        pool_id: str,
+        counters: Counter[str],
+        keys: HostKeys | None = None,
     ) -> None:
+        """`keys`: who may write; None: everybody may."""
         self._socket = socket
         self._spaces = spaces
         self._pool_id = pool_id
         self._counters = counters
+        self._keys = keys
         self._sessions = Sessions()
         self._outbox = Outbox(socket, counters)
         self.inbox = Inbox(self._send, counters)
@@ -83,13 +91,19 @@ class PeerDoor:
             except zmq.Again:
                 return
             buffers = [frame.buffer for frame in frames]
-            self._serve(connection.bytes, head.bytes, now_ms() + CONNECT_MS, buffers)
+            key = str(head.get("User-Id")).encode() if self._keys is not None else b""
+            self._serve(connection.bytes, head.bytes, now_ms() + CONNECT_MS, buffers, key)
 
     def _serve(
-        self, connection: bytes, payload: bytes, until_ms: int, frames: Sequence[memoryview] = ()
+        self,
+        connection: bytes,
+        payload: bytes,
+        until_ms: int,
+        frames: Sequence[memoryview] = (),
+        key: bytes = b"",
     ) -> None:
         try:
-            reply = self.handle(connection, payload, frames)
+            reply = self.handle(connection, payload, frames, key)
         except _NotYetError:
             if now_ms() < until_ms and len(self._put_off) < MAX_PUT_OFF:
                 self._put_off.append((connection, payload, until_ms))
@@ -105,8 +119,13 @@ class PeerDoor:
             self._counters["replies_lost"] += 1
 
     def handle(
-        self, connection: bytes, payload: bytes, frames: Sequence[memoryview] = ()
+        self,
+        connection: bytes,
+        payload: bytes,
+        frames: Sequence[memoryview] = (),
+        key: bytes = b"",
     ) -> AnyReply | None:
+        """`key`: of who sends it, in Z85."""
         self._counters["peer_requests"] += 1
         request_id = 0
         try:
@@ -114,6 +133,8 @@ class PeerDoor:
             request_id = request.id
             if frames and not isinstance(request, Blocks):
                 raise RefusedError("malformed", "only blocks have frames behind them")
+            if isinstance(request, Hello):
+                return self._hello(connection, request, key)
             return self._answer(connection, request, list(frames))
         except msgspec.DecodeError as error:
             return self._error(id_of(payload), "malformed", str(error))
@@ -132,8 +153,6 @@ class PeerDoor:
     def _answer(
         self, connection: bytes, request: AnyPeerRequest, frames: list[memoryview]
     ) -> AnyReply | None:
-        if isinstance(request, Hello):
-            return self._hello(connection, request)
         session = self._sessions.get(connection)
         if session is None:
             raise RefusedError("hello", "say hello first (the daemon may have been restarted)")
@@ -152,6 +171,7 @@ class PeerDoor:
             case ReadBlocks():
                 self._read(connection, request, now)
             case WriteBlocks():
+                self._check_may_write(session)
                 self._write(connection, request, now)
         return None
 
@@ -172,6 +192,10 @@ class PeerDoor:
         # A pool whose engines are all elsewhere would take its hottest blocks for the oldest.
         space.client.touch(space.client.match_prefix(keys))
 
+    def _check_may_write(self, session: Session) -> None:
+        if self._keys is not None and not self._keys.lets_write(session.public_key):
+            raise RefusedError("forbidden", "this host's key may read here, and not write")
+
     def _write(self, connection: bytes, request: WriteBlocks, now: int) -> None:
         checked_keys(request.keys, request.parent)
         _check_digest(request.namespace.digest)
@@ -187,10 +211,11 @@ class PeerDoor:
             raise _NotYetError
         return space
 
-    def _hello(self, connection: bytes, hello: Hello) -> Welcome:
+    def _hello(self, connection: bytes, hello: Hello, key: bytes) -> Welcome:
         check_version(hello)
         offset_ms = now_ms() - hello.now_ms
-        self._sessions.add(connection, Session(NO_CLIENT, "", hello.now_ms, offset_ms))
+        session = Session(NO_CLIENT, "", hello.now_ms, offset_ms, public_key=key)
+        self._sessions.add(connection, session)
         return Welcome(
             id=hello.id, version=hello.version, pool_id=self._pool_id, epoch=0, writes=True
         )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import zmq
 
+from vllm_kvpool.pool.offers import ARRIVED, WHOLE
 from vllm_kvpool.pool.outbox import Outbox
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.pool.push_queue import Chain, PushQueue
@@ -63,14 +64,14 @@ class Pushes:
         self,
         spaces: Spaces,
         connect: Callable[[], Peer | None],
-        add_whole: Callable[[bytes, bytes], None],
+        tell: Callable[[bytes, bytes, bytes], None],
         counters: Counter[str],
     ) -> None:
         """`connect`: to the upstream, over connections of our own: bulk shall not hold up pulls.
-        `add_whole`: add the chain up to a block of a namespace, from its head on."""
+        `tell`: what, namespace and keys, as `Offers.hear` wants it."""
         self._spaces = spaces
         self._connect = connect
-        self._add_whole = add_whole
+        self._tell = tell
         self._counters = counters
         self._ids = itertools.count(1)
         self._queue = PushQueue(counters)
@@ -86,7 +87,7 @@ class Pushes:
     # what is to be pushed -------------------------------------------------------------------------
 
     def add(self, digest: bytes, parent: bytes, keys: BlockKeys, now: int) -> None:
-        """A chain for which an engine has got slots."""
+        """A chain that is here, or will be soon."""
         self._queue.add(Chain(digest, parent, keys, now))
         while self._queue.num_blocks > MAX_WAITING and len(self._queue) > 1:
             self._queue.drop(self._queue.take_out(0), "slow" if self._reachable else "lost")
@@ -246,10 +247,12 @@ class Pushes:
             self._refused(push, written.reason, now)
         elif push.num_wanted is not None and written.blocks < push.num_wanted:
             self._counters["push_evicted"] += push.num_wanted - written.blocks
+        else:
+            self._tell(ARRIVED, push.batch.digest, push.batch.keys)
 
     def _refused(self, push: _Push, reason: str, now: int) -> None:
         if reason == "no_parent":
-            self._add_whole(push.batch.digest, push.batch.last)
+            self._tell(WHOLE, push.batch.digest, push.batch.last)
         elif reason in RETRIED:
             push.batch.not_before_ms = now + PAUSE_MS
             if reason == "busy":

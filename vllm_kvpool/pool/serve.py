@@ -67,7 +67,7 @@ def _serve_owner(owner: PoolOwner, folder: PoolFolder, config: PoolConfig) -> No
     exchange = None
     if config.has_exchange:
         _allow_many_files()
-        exchange = Exchange(folder.paths, config, owner.pool_id, owner.path_to)
+        exchange = Exchange(folder.paths, config, owner)
     service = PoolService(owner, folder, prefault, exchange)
     tools = [config.listen] if config.listen.startswith("ipc://") else []
     daemon = Daemon(service, owner, [folder.paths.endpoint, *tools], exchange)

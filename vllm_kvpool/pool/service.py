@@ -224,10 +224,10 @@ class PoolService:
             source=request.source,
         )
         granted = refs.rstrip(b"\0")
-        if granted and self._exchange is not None:
+        if granted and self._exchange is not None and self._exchange.offers is not None:
             blocks = -(-len(granted) // REF_BYTES)
             keys = request.keys[: blocks * KEY_BYTES]
-            self._exchange.stored(session.client_id, session.digest, request.parent, keys)
+            self._exchange.offers.stored(session.digest, request.parent, keys, request.source)
         return Prepared(id=request.id, refs=refs)
 
     def _may_pin(self, namespace: int, num_blocks: int) -> bool:

@@ -31,6 +31,8 @@ class Session(NamedTuple):
     """Index in the pool's namespace table."""
     digest: bytes = b""
     """Of the namespace."""
+    public_key: bytes = b""
+    """Of another host, in Z85; empty where there are no keys."""
 
 
 class Sessions:

@@ -47,7 +47,6 @@ class Spaces:
         self._paths = paths
         self._view = PoolView.open(str(paths.pool))
         self._spaces: dict[bytes, Space] = {}
-        self._client_ids: set[str] = set()
 
     def get(self, digest: bytes, now_ms: int) -> Space | None:
         """None: the pool does not know that namespace."""
@@ -77,10 +76,6 @@ class Spaces:
         if len(self._spaces) >= MAX_NAMESPACES:
             raise RefusedError("busy", f"{MAX_NAMESPACES} namespaces are in use")
 
-    def owns(self, client_id: str) -> bool:
-        """Whether it is one of these clients, and no engine's. From any thread."""
-        return client_id in self._client_ids
-
     def _make(self, digest: bytes) -> Space | None:
         info: Any = self._view.info()
         for entry in info["namespaces"]:
@@ -92,7 +87,6 @@ class Spaces:
 
     def _add(self, namespace: Namespace) -> Space:
         client = PoolClient(self._paths.folder, namespace, timeout_ms=STORE_TIMEOUT_MS)
-        self._client_ids.add(client.client_id)
         space = Space(namespace, grain_of(namespace.fields), client, 0)
         self._spaces[namespace.digest] = space
         return space
@@ -106,7 +100,6 @@ class Spaces:
             held = client.writing or (client.view is not None and client.view.leased_slots)
             if now_ms - space.used_ms > IDLE_MS and not held:
                 client.close()
-                self._client_ids.discard(client.client_id)
                 del self._spaces[space.digest]
 
     def close(self) -> None:

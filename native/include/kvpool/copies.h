@@ -1,9 +1,10 @@
-// Which blocks are copies: they came from another host, their source, that has them too, so that forgetting one here
-// loses nothing. Eviction takes them before blocks that may be the only ones; what it may take is `offer`ed.
+// Which blocks are copies: another host, their source, has them too, as they came from there or went there, so that
+// forgetting one here loses nothing. Eviction takes them before blocks that may be the only ones; what it may take is
+// `offer`ed.
 //
-// A block is a copy from the request for its slot until it is used a second time: then it is an ordinary block of this
-// host, and so a prefix that is in demand spreads. Marks end with the block, and all those of a source at once when it
-// is forgotten. They live on the daemon's heap: after a restart there are none.
+// A block is a copy from the request for its slot, or since its source has it, until it is used a second time: then it
+// is an ordinary block of this host, and so a prefix that is in demand spreads. Marks end with the block, and all those
+// of a source at once when it is forgotten. They live on the daemon's heap: after a restart there are none.
 #pragma once
 
 #include <array>

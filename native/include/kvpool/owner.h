@@ -78,6 +78,8 @@ class PoolOwner {
     size_t clear(std::optional<uint32_t> name_space, bool pinned);
     size_t expire(uint32_t now_s);
     size_t evict(uint32_t name_space, size_t count);
+    // That host has these blocks, too: READY ones that were made here become its copies, used once. How many did.
+    size_t mark_copies(const std::vector<BlockKey>& keys, const HostId& source);
     // Hosts that blocks here are copies of; one that is not to be counted on any more is forgotten.
     bool is_copy(uint32_t slot) const { return copies_.is_copy(slot); }
     std::vector<HostId> copy_sources() const { return copies_.sources(); }
@@ -88,13 +90,14 @@ class PoolOwner {
     void keep_journal() { journal_on_ = true; }
     std::map<uint32_t, Changes> take_changes() { return std::exchange(journal_, {}); }
     // READY blocks among at most `limit` slots from number `from` on, of one slab and so of one namespace (kNoSlot:
-    // nobody has the slab). `next` is where to go on; past the last slot that is num_slots().
+    // nobody has the slab); `leaves`: those that no block follows. `next` is where to go on; past the last slot that is
+    // num_slots().
     struct ReadyKeys {
         uint32_t name_space;
         std::vector<BlockKey> keys;
         uint32_t next;
     };
-    ReadyKeys ready_keys(uint32_t from, uint32_t limit) const;
+    ReadyKeys ready_keys(uint32_t from, uint32_t limit, bool leaves = false) const;
 
     // The chain that ends with `key`, head first. Empty: the block is not READY, or its chain has lost its head.
     std::vector<BlockKey> path_to(const BlockKey& key) const;
