@@ -9,7 +9,8 @@ from pathlib import Path
 from tests.fuzz.target import SPACE
 from tests.helpers import WAIT_S, Daemon, connect, store, wait_connected
 from vllm_kvpool.clock import now_ms
-from vllm_kvpool.pool.spaces import Space, Spaces
+from vllm_kvpool.pool.admin import clear
+from vllm_kvpool.pool.spaces import IDLE_MS, Space, Spaces
 from vllm_kvpool.types import BlockKeys
 
 
@@ -29,6 +30,17 @@ class FuzzHost:
 
     def store(self, keys: BlockKeys) -> None:
         store(self._engine, keys)
+
+    def restore(self, keys: BlockKeys) -> None:
+        """Nothing but these blocks."""
+        clear(self.daemon.name, str(self.daemon.shm_dir))
+        self.store(keys)
+
+    def forget_others(self) -> None:
+        """Clients of namespaces that are not ours."""
+        later = now_ms() + IDLE_MS + 1
+        self.space.used_ms = later
+        self.spaces.close_idle(later)
 
     def wait(self, done: Callable[[], bool], what: str) -> None:
         """Tries again as soon as the daemon has said something."""

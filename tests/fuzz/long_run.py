@@ -30,6 +30,8 @@ from vllm_kvpool import client, ledger, protocol
 from vllm_kvpool.pool import (
     directory,
     exchange,
+    inbox,
+    landing,
     outbox,
     peer,
     peer_door,
@@ -41,8 +43,8 @@ from vllm_kvpool.pool import (
 )  # fmt: skip
 
 MODULES = (
-    client, directory, exchange, ledger, outbox, peer, peer_door, protocol, pulls, requests, service,
-    sessions, spaces,
+    client, directory, exchange, inbox, landing, ledger, outbox, peer, peer_door, protocol, pulls,
+    requests, service, sessions, spaces,
 )  # fmt: skip
 MAX_BYTES = 16_384
 HANG_S = 60

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from vllm_kvpool import protocol
 from vllm_kvpool.pool.outbox import MAX_READS
 from vllm_kvpool.pool.peer_door import PeerDoor
+from vllm_kvpool.pool.requests import RefusedError
 from vllm_kvpool.protocol import MAX_KEYS, MAX_MESSAGE_BYTES
 
 DIGEST = namespace_of("a").digest
@@ -148,11 +149,15 @@ class _Nowhere:
     def get(self, digest: bytes, now_ms: int) -> None:
         return None
 
+    def open(self, namespace: protocol.Namespace, now_ms: int) -> None:
+        raise RefusedError("busy", "there is no pool")
+
 
 VALID = [
     protocol.encode(protocol.Hello(id=1, version=1, now_ms=5, pid=7)),
     protocol.encode(protocol.MatchBlocks(id=2, namespace=DIGEST, keys=KEYS)),
     protocol.encode(protocol.ReadBlocks(id=3, namespace=DIGEST, keys=KEYS)),
+    protocol.encode(protocol.WriteBlocks(id=4, namespace=namespace_of("a"), keys=KEYS)),
 ]
 
 
