@@ -102,9 +102,9 @@ class Replies(Target):
             self._settle(pulls, now)
         self._end(pulls, now + WITHIN_MS)
         (pulled,) = answers
-        # Who is answered at the deadline hears what is there by then: what has come whole follows.
+        # Who is answered at the deadline hears of all that has come whole by then.
         visible = num_refs(self._host.space.client.match_prefix(keys))
-        assert 0 <= pulled.blocks <= visible <= num_keys(keys)
+        assert 0 <= pulled.blocks == visible <= num_keys(keys)
 
     def _settle(self, pulls: Pulls, now: int) -> None:
         """What the daemon has been asked for is there: slots, or the end of a batch."""

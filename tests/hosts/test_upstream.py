@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from helpers import keys_of, run_cli, store, until
+from helpers import check_bytes, keys_of, run_cli, store, until
 from hosts.conftest import Host, MakeHost, make_front, make_upstream
 from hosts.fault_proxy import FaultProxy
 from hosts.fronts import COUNT, check_has, check_nothing_half_done, wait_pushed
@@ -51,6 +51,19 @@ def test_reads_keep_blocks_from_eviction(make: MakeHost) -> None:
         store(front.client, keys_of(f"once {i}", 20))
         wait_pushed(front, before + 20)
     assert upstream.counter("evicted") > 0
+
+
+def test_what_has_come_by_the_deadline_counts(proxied: tuple[Host, Host, FaultProxy]) -> None:
+    """Blocks of batches that did not come whole, too: the answer says what can be loaded."""
+    upstream, front, proxy = proxied
+    keys = keys_of("chain", 400)
+    store(upstream.client, keys)
+    proxy.stall_after = 5 << 20  # less than the first batch of each connection
+    pulled = front.pull(keys, within_ms=1_500)
+    assert (pulled.reason, front.counter("pulls")) == ("deadline", 1)
+    until(lambda: front.counter("writing") == 0, "the end of the pull")
+    assert pulled.blocks == num_refs(front.client.match_prefix(keys)) > 0
+    check_bytes(front.client, keys, front.client.match_prefix(keys))
 
 
 def test_upstream_killed_in_mid_pull(proxied: tuple[Host, Host, FaultProxy]) -> None:

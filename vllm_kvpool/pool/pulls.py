@@ -34,6 +34,9 @@ from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, num_refs
 MAX_FLIGHTS = 64
 LOOK_UP_MS = 100
 """How long the directory may take; with Redis on the same link it is a few milliseconds."""
+LANDING_MS = 50
+"""After the deadline, for what has come to become visible: it counts in the answer. The daemon's loop
+does it in a millisecond."""
 
 
 class Pulls:
@@ -273,16 +276,20 @@ class Pulls:
         for flight in list(self._flights.values()):
             self._tick_flight(flight, now)
 
-    def _tick_flight(self, flight: Flight, now: int) -> None:
-        overdue = now >= flight.due_ms
-        for asker in [a for a in flight.askers if a.due_ms <= now]:
+    def _let_go(self, flight: Flight, due_ms: int, now: int) -> None:
+        """Answer those who are due by then."""
+        for asker in [a for a in flight.askers if a.due_ms <= due_ms]:
             flight.askers.remove(asker)
             self._advance(asker, now)
-        if overdue:
+
+    def _tick_flight(self, flight: Flight, now: int) -> None:
+        if now >= flight.due_ms:
             if flight.peer is not None and not flight.reason and not flight.received_bytes:
                 flight.peer.suspect()
             self._fail(flight, "deadline", now)
+            self._let_go(flight, now - LANDING_MS, now)
             return
+        self._let_go(flight, now, now)  # it goes on for others
         if flight.stage is Stage.LOOK_UP and now >= flight.step_due_ms:
             self._fail(flight, "directory_slow", now)
         elif flight.stage is Stage.MATCH and now >= flight.step_due_ms:
