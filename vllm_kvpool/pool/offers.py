@@ -22,10 +22,10 @@ from vllm_kvpool.types import KEY_BYTES, num_keys, split_keys
 
 WHOLE, ARRIVED = b"whole", b"arrived"
 TURN_MS = 250
-SLICE_SLOTS, SLICES = 256, 8
+SLICE_SLOTS, SLICES = 64, 32
 """Looked at in one turn: less than a millisecond."""
-SLICE_CHAINS = 256
-"""Offered in one turn, and a slice more."""
+SLICE_CHAINS = 32
+"""Offered in one turn, and a slice more: each may turn out to be a long chain that is not there."""
 FEW_WAITING = 1_024
 """Blocks in the queue: what is new shall not wait behind what is old."""
 AGAIN_MS = 60_000
