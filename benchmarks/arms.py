@@ -257,6 +257,9 @@ def run_arms(
                         run(kvpool_arm(one, args, folder))
         except (KVPoolError, RuntimeError, OSError, subprocess.SubprocessError) as error:
             print(f"{name}: FAILED: {str(error)[-2000:]}", flush=True)
+        except SystemExit:
+            notes.append(f"stopped in {name}: the results are those until then")
+            break
     for name in pool_names:
         notes += pool_log_lines(folder, name)
     return notes
@@ -315,8 +318,8 @@ def print_failure(name: str, what: str, took: str, log: Path) -> None:
 
 @contextlib.contextmanager
 def work_folder() -> Iterator[Path]:
-    """For the model and the logs; it stays. SIGTERM ends the run as an error does, so that no engine
-    and no pool is left behind."""
+    """For the model and the logs; it stays. SIGTERM ends the run as an error does, so that no engine and no pool is
+    left behind, and what has been measured is told."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     folder = Path(tempfile.mkdtemp(prefix="kvpool-bench-"))
     print(f"logs: {folder}", flush=True)
