@@ -108,8 +108,12 @@ def make_prompts(count: int, seed: int = SEED) -> list[list[int]]:
 def ask_all_ways(stage: Stage, prompt: list[int]) -> Run:
     """Each kind of hit several times, in turns, so that what else the machine does meets all kinds alike."""
 
-    def ask(row: str, engine: Engine) -> None:
+    def ask(row: str, engine: Engine, *, forget: bool = False) -> None:
         wake(engine)
+        if run[row]:
+            complete(engine, prompt)
+        if forget:
+            reset_prefix_cache(engine)
         run[row].append(complete(engine, prompt))
 
     a, b = stage.engines
@@ -120,12 +124,10 @@ def ask_all_ways(stage: Stage, prompt: list[int]) -> Run:
     for _ in range(ROUNDS):
         for _ in range(REPEATS):
             ask("VRAM hit", a)
-            reset_prefix_cache(a)
-            ask("pool hit, same engine", a)
+            ask("pool hit, same engine", a, forget=True)
         time.sleep(SETTLE_S)
         for _ in range(REPEATS):
-            reset_prefix_cache(b)
-            ask("pool hit, other engine", b)
+            ask("pool hit, other engine", b, forget=True)
         time.sleep(SETTLE_S)
     return run
 

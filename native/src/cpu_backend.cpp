@@ -1,10 +1,10 @@
 // Copies by the processor: KV memory is ordinary memory here.
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <utility>
 
 #include "kvpool/copy_backend.h"
+#include "kvpool/stream_copy.h"
 
 namespace kvpool {
 namespace {
@@ -42,9 +42,9 @@ class CpuBackend final : public CopyBackend {
         for (const Region& region : regions()) {
             uint8_t* in_kv = region.base + shard.block * region.stride;
             if (direction == Direction::kStore) {
-                std::memcpy(in_slot, in_kv, region.bytes);
+                stream_copy(in_slot, in_kv, region.bytes);
             } else {
-                std::memcpy(in_kv, in_slot, region.bytes);
+                stream_copy(in_kv, in_slot, region.bytes);
             }
             in_slot += region.bytes;
         }

@@ -319,25 +319,6 @@ TEST(a_load_arrives_before_it_has_ended) {
     CHECK(all(wait(*device.engine).status, CopyStatus::kOk));
 }
 
-// More than two batches of 256 MiB: two threads load it in four.
-TEST(a_load_arrives_with_its_last_batch) {
-    Device device(CudaWay::kStaged);
-    CHECK(all(device.store(), CopyStatus::kOk));
-    device.slots.set_all(SlotState::kReady);
-    size_t count = 2 * (256 << 20) / device.memory.block(0).size() + 1, batch = (count + 3) / 4;
-    std::vector<CopyBlock> blocks;
-    for (uint32_t i = 0; i < count; ++i) {  // no two batches write one block
-        blocks.push_back({device.slots.refs[i % 8], static_cast<uint32_t>(4 * (i / batch) + i % 4)});
-    }
-    device.cuda->hold_ends(true);
-    uint64_t ends = device.cuda->calls("cuEventSynchronize");
-    uint64_t job = device.engine->submit(Direction::kLoad, blocks);
-    until([&] { return device.cuda->calls("cuEventSynchronize") == ends + 2; });
-    CHECK(device.engine->arriving().empty());
-    device.cuda->hold_ends(false);
-    CHECK(device.engine->wait(job, 10'000));
-}
-
 TEST(neither_stores_arrive_nor_loads_with_a_bad_block) {
     Device device(CudaWay::kStaged);
     for (Direction direction : {Direction::kStore, Direction::kLoad}) {

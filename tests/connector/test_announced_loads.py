@@ -21,7 +21,8 @@ BLOCKS = 10
 
 
 class LateCopies:
-    """A copy engine whose loads arrive at once and end when somebody waits for them, as `ends_as`."""
+    """A copy engine whose loads arrive at once and end when somebody waits for them, as `ends_as`: the last one first,
+    so that the bytes of older ones come as late as they can."""
 
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
 
@@ -29,13 +30,14 @@ class LateCopies:
         self._engine = engine
         self._late: dict[int, tuple[SlotRefs, bytes]] = {}
         self._ended: list[tuple[int, bytes, int]] = []
+        self._numbers = 1_000_000
         self.ends_as: int | None = None
         self.waits = 0
 
     def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
-        number = 1_000_000 + self.waits + len(self._late)
-        self._late[number] = (refs, blocks)
-        return number
+        self._numbers += 1
+        self._late[self._numbers] = (refs, blocks)
+        return self._numbers
 
     def submit_store(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
         return self._engine.submit_store(refs, blocks, stream)
@@ -44,16 +46,20 @@ class LateCopies:
         return list(self._late)
 
     def wait(self, number: int, milliseconds: int) -> bool:
-        refs, blocks = self._late.pop(number)
         self.waits += 1
-        if self.ends_as is None:
-            real = self._engine.submit_load(refs, blocks)
-            assert self._engine.wait(real, milliseconds)
-            ended = self._engine.poll()
-            self._ended += [(number if job == real else job, *rest) for job, *rest in ended]
-        else:
-            self._ended.append((number, bytes([self.ends_as]) * num_refs(refs), 1))
+        for late in sorted(self._late, reverse=True):
+            if late >= number:
+                self._end(late, *self._late.pop(late), milliseconds)
         return True
+
+    def _end(self, number: int, refs: SlotRefs, blocks: bytes, milliseconds: int) -> None:
+        if self.ends_as is not None:
+            self._ended.append((number, bytes([self.ends_as]) * num_refs(refs), 1))
+            return
+        real = self._engine.submit_load(refs, blocks)
+        assert self._engine.wait(real, milliseconds)
+        ended = self._engine.poll()
+        self._ended += [(number if job == real else job, *rest) for job, *rest in ended]
 
     def poll(self) -> list[tuple[int, bytes, int]]:
         ended, self._ended = self._ended, []
@@ -139,6 +145,32 @@ def test_nothing_is_left_of_a_request_that_ends_before_its_load(
     loader.abort(request_id)
     loader.run()
     assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
+
+
+def test_blocks_given_to_another_load_are_not_written_late(
+    loader: MiniEngine, daemon: Daemon
+) -> None:
+    """vLLM frees the blocks of a request that was aborted as soon as it hears of its load, and hands them out first."""
+    other = prompt_of(9, 10 * BLOCK + 1)
+    loader.generate(other, 1)
+    until(lambda: daemon.counter("ready") == 2 * BLOCKS)
+    loader.reset_prefix_cache()
+    aborted = loader.add(PROMPT)
+    loader.step()
+    loader.abort(aborted)
+    loader.step()
+    request_id = loader.add(other)
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(other)
+    assert loader.generate(other)[0] == expected_output(other)
+
+
+def test_request_that_ends_at_once_stores_what_it_computed(
+    loader: MiniEngine, daemon: Daemon
+) -> None:
+    longer = prompt_of(1, 14 * BLOCK + 1)
+    assert loader.generate(longer, 1) == (expected_output(longer, 1), BLOCKS * BLOCK)
+    until(lambda: daemon.counter("ready") == 14)
 
 
 def test_two_requests_of_one_prefix(loader: MiniEngine) -> None:

@@ -195,7 +195,10 @@ class LoadPlanner:
     def announced(self, request_ids: Collection[str]) -> None:
         """vLLM goes on with them. The reports of their loads come with that, or follow."""
         for load in self._loads.values() if request_ids else ():
-            if load.refs and load.record.request.request_id in request_ids:
+            if load.record.request.request_id not in request_ids:
+                continue
+            load.record.loading = False
+            if load.refs:
                 num_tokens = num_refs(load.refs) * self._link.block_tokens
                 self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
 

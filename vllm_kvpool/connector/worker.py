@@ -5,8 +5,8 @@ always ends: one that gets nowhere for `load_deadline_ms` is stopped first and r
 vLLM may reuse its blocks as soon as it hears. Each job is reported once, by every worker, of all its blocks.
 
 vLLM takes some milliseconds from hearing of a load to computing with it. So an engine that has nothing else to do
-hears of one whose last bytes are on their way; the next step that computes waits for them first, where they have not
-come by themselves.
+hears of one whose last bytes are on their way; the next step that computes, or begins to load, waits for them first,
+where they have not come by themselves: vLLM may have given their blocks to somebody else by then.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ logger = logging.getLogger(__name__)
 CHECKSUM_EVERY = {"off": 0, "sampled": 64, "all": 1}
 RETRY_S = 1.0
 """Between attempts to map a pool that could not be mapped."""
+SLOW_END_MS = 2_000
+"""What has begun on a device ends by itself, also when the device is lost."""
 LOCK_WAIT_S = 1.0
 """The daemon looks at the engine's lock for an instant now and then."""
 
@@ -143,17 +145,18 @@ class WorkerSide:
     # copies ---------------------------------------------------------------------------------------
 
     def before_forward(self, metadata: KVPoolMetadata) -> None:
-        """Nothing is computed with blocks that are still on their way. RuntimeError: they were lost there, with the
-        device or with a lease, and vLLM cannot be told any more."""
+        """Blocks whose bytes are still on their way are neither computed with nor loaded into. RuntimeError: the bytes
+        were lost on the way, with the device or with a lease, and vLLM cannot be told any more."""
         self._computes = metadata.computes
         attached = self._attached
-        if attached is None or not self._computes or not attached.announced:
+        if attached is None or not attached.announced or not (metadata.computes or metadata.loads):
             return
         for number in attached.announced:
-            attached.engine.wait(number, int(self._deadline_s * 1_000))
+            while not attached.engine.wait(number, SLOW_END_MS):
+                logger.warning(
+                    "KV pool: the last bytes of a load take more than %d ms", SLOW_END_MS
+                )
         self._take_finished(attached)
-        if attached.announced:
-            raise RuntimeError("KV pool: the device does not end a load")
 
     def start(self, metadata: KVPoolMetadata) -> None:
         attached = self._attach(metadata.attachment)

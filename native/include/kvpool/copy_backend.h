@@ -71,7 +71,7 @@ class CopyBackend {
     uint64_t payload_bytes_;
 };
 
-// memcpy on so many threads, a block at a time.
+// By so many threads, a block at a time.
 std::unique_ptr<CopyBackend> cpu_backend(std::vector<Region> regions, unsigned threads);
 
 // How a GPU backend moves registered memory.
