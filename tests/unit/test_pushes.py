@@ -1,4 +1,4 @@
-"""An upstream that has no room for a chain: it is given up, and nobody else waits for it.
+"""Chains that cannot go up, now or ever: they are given up in the end, and nobody else waits for them.
 
 A real upstream refuses blocks only when all that it holds is guarded, so here it is one that answers by hand.
 """
@@ -13,11 +13,13 @@ import pytest
 
 from vllm_kvpool.pool import pushes
 from vllm_kvpool.pool.offers import WHOLE
-from vllm_kvpool.pool.pushes import MAX_TRIES, PAUSE_MS, Pushes
+from vllm_kvpool.pool.pushes import LOOKED_AT, MAX_TRIES, PASSED_OVER, PATIENCE_MS, PAUSE_MS, Pushes
 from vllm_kvpool.protocol import WriteBlocks, Written
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs, num_keys
 
 DIGEST = b"d" * KEY_BYTES
+SILENT = b"s" * KEY_BYTES
+"""A namespace whose client never connects."""
 ROOM = 8
 
 
@@ -73,8 +75,14 @@ class Pushing:
         client = SimpleNamespace(
             readable=True, match_prefix=lambda keys: SlotRefs(bytes(8 * num_keys(keys)))
         )
-        space = SimpleNamespace(client=client, slot_bytes=2 << 20, namespace=None, digest=DIGEST)
-        spaces: Any = SimpleNamespace(get=lambda digest, now: space)
+        silent = SimpleNamespace(readable=False)
+        self.spaces = {
+            digest: SimpleNamespace(
+                client=of, slot_bytes=2 << 20, namespace=None, digest=digest, made_ms=0
+            )
+            for digest, of in ((DIGEST, client), (SILENT, silent))
+        }
+        spaces: Any = SimpleNamespace(get=lambda digest, now: self.spaces[digest])
         self.upstream: Any = Upstream()
         self.counters: Counter[str] = Counter()
         self.whole: list[bytes] = []
@@ -116,3 +124,36 @@ def test_others_do_not_wait_for_a_chain_without_room(pushing: Pushing) -> None:
     pushing.pushes.add(DIGEST, b"", chain("short", 0, 4), pushing.now)
     pushing.run(30)
     assert chain("short", 0, 4)[-KEY_BYTES:] in pushing.upstream.held
+
+
+def test_others_do_not_wait_for_a_namespace_that_nobody_can_read(pushing: Pushing) -> None:
+    for n in range(2 * LOOKED_AT):
+        pushing.pushes.add(SILENT, b"", chain(f"silent {n}", 0, 2), 0)
+    pushing.pushes.add(DIGEST, b"", chain("short", 0, 4), 0)
+    pushing.run(100)
+    assert chain("short", 0, 4)[-KEY_BYTES:] in pushing.upstream.held
+    assert pushing.counters["push_waiting"] == 4 * LOOKED_AT
+    pushing.run(PATIENCE_MS)
+    assert (pushing.counters["push_waiting"], pushing.counters["push_lost"]) == (0, 4 * LOOKED_AT)
+
+
+def test_a_namespace_has_time_to_be_known_after_it_was_asked_for(pushing: Pushing) -> None:
+    """The chain has waited for the upstream until now."""
+    pushing.now = pushing.spaces[SILENT].made_ms = 5 * PATIENCE_MS
+    pushing.pushes.add(SILENT, b"", chain("silent", 0, 2), 0)
+    pushing.run(PATIENCE_MS // 2)
+    assert pushing.counters["push_waiting"] == 2
+    pushing.run(PATIENCE_MS)
+    assert pushing.counters["push_lost"] == 2
+
+
+@pytest.mark.parametrize("count", [LOOKED_AT, 3 * PASSED_OVER])
+def test_children_may_stand_before_what_they_wait_for(pushing: Pushing, count: int) -> None:
+    whole = chain("short", 0, 4)
+    for n in range(count):
+        pushing.pushes.add(DIGEST, whole[-KEY_BYTES:], chain(f"child {n}", 0, 1), 0)
+    pushing.pushes.add(DIGEST, b"", whole, 0)
+    pushing.upstream.num_greeted = 1
+    pushing.run(20 * count)
+    assert pushing.counters["pushed_blocks"] == 4 + count
+    assert pushing.whole == []

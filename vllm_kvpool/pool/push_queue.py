@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, KeysView
 from dataclasses import dataclass
 
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys
@@ -50,9 +50,9 @@ class PushQueue:
         return iter(self._chains)
 
     @property
-    def lasts(self) -> set[bytes]:
+    def lasts(self) -> KeysView[bytes]:
         """Last keys of the chains."""
-        return set(self._by_last)
+        return self._by_last.keys()
 
     def add(self, chain: Chain) -> None:
         """Behind the others, or behind what it continues."""

@@ -30,10 +30,12 @@ WRITES_A_CONNECTION = 3
 """Under way on each that is up: the next one waits already, and the upstream takes eight."""
 MAX_WAITING = 65_536
 """Blocks in the queue."""
-LOOKED_AT = 64
-"""Chains of the queue, in one turn."""
+LOOKED_AT, PASSED_OVER = 64, 1_024
+"""Chains of the queue, in one turn: looked up in the pool, and left where they are unseen. The next turn goes on
+where they ended, so whatever stands at the head, all have their turn."""
 PATIENCE_MS = 10_000
-"""For blocks to become READY; an engine that writes for longer has died or given up."""
+"""For blocks to become READY, or their namespace to be known: an engine that writes for longer has died or given
+up, a daemon that is silent for longer gives no namespace."""
 STALL_MS = 5_000
 """An upstream that takes and says nothing for so long is lost."""
 ANSWER_MS = 15_000
@@ -83,6 +85,8 @@ class Pushes:
         self._progress = 0
         self._heard_ms = 0
         self._not_before_ms = 0
+        self._place = 0
+        """In the queue, where the next turn begins."""
 
     # what is to be pushed -------------------------------------------------------------------------
 
@@ -184,24 +188,35 @@ class Pushes:
         assert self._peer is not None
         if not self._peer.takes_writes:
             self._queue.drop_all("version")
-        place = 0
         unanswered = {p.batch.last for p in self._open.values() if p.num_wanted is None}
-        unanswered |= self._queue.lasts
         most_open = WRITES_A_CONNECTION * self._peer.num_greeted
-        while place < min(len(self._queue), LOOKED_AT) and len(self._open) < most_open:
+        place, looked_at, passed_over = self._place, 0, 0
+        self._place = 0
+        while place < len(self._queue) and len(self._open) < most_open:
+            if looked_at == LOOKED_AT or passed_over == PASSED_OVER:
+                self._place = place
+                return
             chain = self._queue[place]
+            if self._waits(chain, unanswered, now):
+                passed_over += 1
+                place += 1
+                continue
+            looked_at += 1
             space = self._spaces.get(chain.digest, now)
-            held_up = (
-                chain.parent in unanswered or now < chain.not_before_ms or not _is_known(space)
-            )
-            ready = 0 if held_up or space is None else _ready(space, chain)
+            ready = 0 if space is None else _ready(space, chain)
             if ready and space is not None:
                 batch = self._ask(self._queue.take_out(place), space, ready, now)
                 unanswered.add(batch.last)
-            elif now - chain.since_ms > PATIENCE_MS and not held_up:
-                self._queue.drop(self._queue.take_out(place), "evicted")
+            elif now - _since_ms(space, chain) > PATIENCE_MS:
+                known = space is None or space.client.readable
+                self._queue.drop(self._queue.take_out(place), "evicted" if known else "lost")
             else:
                 place += 1
+
+    def _waits(self, chain: Chain, unanswered: set[bytes], now: int) -> bool:
+        """For its time, or for what comes before it: nothing in the pool changes that."""
+        before = chain.parent in unanswered or chain.parent in self._queue.lasts
+        return before or now < chain.not_before_ms
 
     def _ask(self, chain: Chain, space: Space, ready: int, now: int) -> Chain:
         assert self._peer is not None
@@ -270,13 +285,18 @@ class Pushes:
             self._queue.drop_behind(batch, reason)
 
 
-def _is_known(space: Space | None) -> bool:
-    """Whether it can be told what is READY: its client has connected, or nobody has the namespace."""
-    return space is None or space.client.readable
+def _since_ms(space: Space | None, chain: Chain) -> int:
+    """When its blocks could have been seen first: what has waited for the upstream for long may be of a namespace
+    that nobody has asked for until now."""
+    if space is None or space.client.readable:
+        return chain.since_ms
+    return max(chain.since_ms, space.made_ms)
 
 
 def _ready(space: Space, chain: Chain) -> int:
-    """How many of its leading blocks can be sent."""
+    """How many of its leading blocks can be sent. 0 of a namespace whose client has not connected."""
+    if not space.client.readable:
+        return 0
     if chain.parent and not space.client.match_prefix(BlockKeys(chain.parent)):
         return 0
     return num_refs(space.client.match_prefix(chain.keys))

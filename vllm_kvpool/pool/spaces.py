@@ -31,6 +31,7 @@ class Space:
     grain: int
     """Of the directory's entries: see `anchors`."""
     client: PoolClient
+    made_ms: int
     used_ms: int
 
     @property
@@ -50,7 +51,7 @@ class Spaces:
 
     def get(self, digest: bytes, now_ms: int) -> Space | None:
         """None: the pool does not know that namespace."""
-        space = self._spaces.get(digest) or self._make(digest)
+        space = self._spaces.get(digest) or self._make(digest, now_ms)
         if space is not None:
             space.used_ms = now_ms
         return space
@@ -61,8 +62,7 @@ class Spaces:
         space = self.get(namespace.digest, now_ms)
         if space is None:
             self._check_new(namespace)
-            space = self._add(namespace)
-            space.used_ms = now_ms
+            space = self._add(namespace, now_ms)
         if space.slot_bytes != namespace.slot_bytes:
             text = f"blocks of this namespace have {space.slot_bytes} bytes here"
             raise RefusedError("namespace", text)
@@ -76,18 +76,19 @@ class Spaces:
         if len(self._spaces) >= MAX_NAMESPACES:
             raise RefusedError("busy", f"{MAX_NAMESPACES} namespaces are in use")
 
-    def _make(self, digest: bytes) -> Space | None:
+    def _make(self, digest: bytes, now_ms: int) -> Space | None:
         info: Any = self._view.info()
         for entry in info["namespaces"]:
             if entry["digest"] == digest.hex():
                 fields = fields_of(entry["description"])
                 slot_bytes = entry["slot_bytes"]
-                return self._add(Namespace(digest=digest, slot_bytes=slot_bytes, fields=fields))
+                namespace = Namespace(digest=digest, slot_bytes=slot_bytes, fields=fields)
+                return self._add(namespace, now_ms)
         return None
 
-    def _add(self, namespace: Namespace) -> Space:
+    def _add(self, namespace: Namespace, now_ms: int) -> Space:
         client = PoolClient(self._paths.folder, namespace, timeout_ms=STORE_TIMEOUT_MS)
-        space = Space(namespace, grain_of(namespace.fields), client, 0)
+        space = Space(namespace, grain_of(namespace.fields), client, now_ms, now_ms)
         self._spaces[namespace.digest] = space
         return space
 
