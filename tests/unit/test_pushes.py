@@ -32,6 +32,8 @@ def chain(name: str, first: int, count: int) -> BlockKeys:
 class Upstream:
     """Has room for the first `ROOM` blocks of the chain "long", and for all of any other."""
 
+    forgetful = False
+    """Others evict each batch before the next one comes."""
     num_greeted = 4
     takes_writes = True
     sockets = ("socket",)
@@ -51,7 +53,7 @@ class Upstream:
         return [(self._answer(request), []) for request in new]
 
     def _answer(self, request: WriteBlocks) -> Written:
-        if request.parent and request.parent not in self.held:
+        if request.parent and (self.forgetful or request.parent not in self.held):
             return Written(id=request.id, reason="no_parent")
         last = request.keys[-KEY_BYTES:]
         if last.startswith(b"long") and int(last.split()[1]) >= ROOM:
@@ -157,3 +159,34 @@ def test_children_may_stand_before_what_they_wait_for(pushing: Pushing, count: i
     pushing.run(20 * count)
     assert pushing.counters["pushed_blocks"] == 4 + count
     assert pushing.whole == []
+
+
+def test_an_upstream_that_evicts_every_batch_is_offered_a_chain_a_few_times(
+    pushing: Pushing,
+) -> None:
+    pushing.upstream.forgetful = True
+    pushing.pushes.add(DIGEST, b"", chain("long", 0, 12), 0)
+    pushing.run(PAUSE_MS // 2)
+    assert len(pushing.upstream.asked) == 2
+    pushing.run(60 * PAUSE_MS)
+    assert len(pushing.upstream.asked) == 2 * MAX_TRIES
+    assert (pushing.counters["push_lost"], pushing.counters["push_waiting"]) == (8, 0)
+
+
+def test_what_lost_its_head_goes_up_with_its_whole_chain(pushing: Pushing) -> None:
+    pushing.pushes.add(DIGEST, chain("long", 3, 1), chain("long", 4, 4), 0)
+    pushing.run(2 * PAUSE_MS)
+    assert pushing.counters["pushed_blocks"] == 8
+    assert [len(asked.keys) // KEY_BYTES for asked in pushing.upstream.asked] == [4, 4, 4]
+
+
+def test_what_comes_behind_a_lost_head_waits_no_longer_than_for_an_answer(
+    pushing: Pushing,
+) -> None:
+    """The head is not here either: nothing answers."""
+    pushing.pushes.add(DIGEST, chain("gone", 3, 1), chain("gone", 4, 8), 0)
+    pushing.pushes._tell = lambda *_: None
+    pushing.run(PATIENCE_MS)
+    assert (len(pushing.upstream.asked), pushing.counters["push_waiting"]) == (1, 4)
+    pushing.run(4 * PAUSE_MS)
+    assert (len(pushing.upstream.asked), pushing.counters["push_waiting"]) == (2, 0)

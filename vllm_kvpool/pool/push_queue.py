@@ -17,16 +17,18 @@ class Chain:
     since_ms: int
     tries: int = 0
     not_before_ms: int = 0
+    wholes: int = 0
+    """Times that the upstream had lost its head, and all of it was offered anew."""
 
     def split(self, blocks: int) -> tuple[Chain, Chain | None]:
         """Its first blocks, and the rest."""
         end = blocks * KEY_BYTES
         head = Chain(self.digest, self.parent, BlockKeys(self.keys[:end]), self.since_ms)
-        head.tries = self.tries
+        head.tries, head.wholes = self.tries, self.wholes
         if end >= len(self.keys):
             return head, None
         rest = BlockKeys(self.keys[end:])
-        return head, Chain(self.digest, head.last, rest, self.since_ms)
+        return head, Chain(self.digest, head.last, rest, self.since_ms, wholes=self.wholes)
 
     @property
     def last(self) -> bytes:

@@ -87,12 +87,18 @@ class Pushes:
         self._not_before_ms = 0
         self._place = 0
         """In the queue, where the next turn begins."""
+        self._headless: dict[bytes, Chain] = {}
+        """By their last keys: batches whose whole chain shall come, from the pool. What comes behind them waits."""
 
     # what is to be pushed -------------------------------------------------------------------------
 
     def add(self, digest: bytes, parent: bytes, keys: BlockKeys, now: int) -> None:
         """A chain that is here, or will be soon."""
-        self._queue.add(Chain(digest, parent, keys, now))
+        chain = Chain(digest, parent, keys, now)
+        batch = None if parent else self._headless.pop(chain.last, None)
+        if batch is not None:
+            chain.wholes, chain.not_before_ms = batch.wholes, batch.not_before_ms
+        self._queue.add(chain)
         while self._queue.num_blocks > MAX_WAITING and len(self._queue) > 1:
             self._queue.drop(self._queue.take_out(0), "slow" if self._reachable else "lost")
 
@@ -134,6 +140,7 @@ class Pushes:
         for outbox in self._outboxes.values():
             outbox.pump()
         self._retry_unanswered(now)
+        self._forget_headless(now)
         progress = sum(outbox.released for outbox in self._outboxes.values())
         if progress != self._progress or not self._open:
             self._progress, self._heard_ms = progress, now
@@ -155,6 +162,13 @@ class Pushes:
                 self._peer.forget(push_id)
                 self._counters["push_unanswered"] += 1
                 self._refused(push, "lost", now)
+
+    def _forget_headless(self, now: int) -> None:
+        """Nobody has their heads any more, or the question got lost."""
+        for last, batch in list(self._headless.items()):
+            if now - batch.not_before_ms <= PATIENCE_MS:
+                return
+            del self._headless[last]
 
     def _enter(self, now: int) -> None:
         self._peer = self._connect()
@@ -215,7 +229,8 @@ class Pushes:
 
     def _waits(self, chain: Chain, unanswered: set[bytes], now: int) -> bool:
         """For its time, or for what comes before it: nothing in the pool changes that."""
-        before = chain.parent in unanswered or chain.parent in self._queue.lasts
+        parent = chain.parent
+        before = parent in unanswered or parent in self._queue.lasts or parent in self._headless
         return before or now < chain.not_before_ms
 
     def _ask(self, chain: Chain, space: Space, ready: int, now: int) -> Chain:
@@ -267,7 +282,7 @@ class Pushes:
 
     def _refused(self, push: _Push, reason: str, now: int) -> None:
         if reason == "no_parent":
-            self._tell(WHOLE, push.batch.digest, push.batch.last)
+            self._ask_for_whole(push.batch, now)
         elif reason in RETRIED:
             push.batch.not_before_ms = now + PAUSE_MS
             if reason == "busy":
@@ -276,13 +291,27 @@ class Pushes:
         else:
             self._queue.drop(push.batch, "refused")
 
+    def _ask_for_whole(self, batch: Chain, now: int) -> None:
+        """Not without end: in an upstream that is full each chain may be evicted by the next one."""
+        batch.wholes += 1
+        if batch.wholes < MAX_TRIES:
+            batch.not_before_ms = now + PAUSE_MS
+            self._headless.pop(batch.last, None)  # they are in order of time
+            self._headless[batch.last] = batch
+            self._tell(WHOLE, batch.digest, batch.last)
+        else:
+            self._give_up(batch, "lost")
+
     def _retry(self, batch: Chain, reason: str) -> None:
         batch.tries += 1
         if batch.tries < MAX_TRIES:
             self._queue.put_back(batch)
         else:
-            self._queue.drop(batch, reason)
-            self._queue.drop_behind(batch, reason)
+            self._give_up(batch, reason)
+
+    def _give_up(self, batch: Chain, reason: str) -> None:
+        self._queue.drop(batch, reason)
+        self._queue.drop_behind(batch, reason)
 
 
 def _since_ms(space: Space | None, chain: Chain) -> int:
