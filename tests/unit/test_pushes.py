@@ -190,3 +190,22 @@ def test_what_comes_behind_a_lost_head_waits_no_longer_than_for_an_answer(
     assert (len(pushing.upstream.asked), pushing.counters["push_waiting"]) == (1, 4)
     pushing.run(4 * PAUSE_MS)
     assert (len(pushing.upstream.asked), pushing.counters["push_waiting"]) == (2, 0)
+
+
+def test_a_full_queue_gives_up_no_chain_that_is_on_its_way(
+    pushing: Pushing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pushes, "MAX_WAITING", 16)
+    way = chain("way", 0, 12)
+    pushing.pushes.add(DIGEST, b"", way, 0)
+    pushing.run(10)
+    assert len(pushing.upstream.asked) == 1
+    parent = chain("old", 0, 4)
+    pushing.pushes.add(SILENT, b"", parent, pushing.now)
+    for n in range(2):  # behind it, on two branches
+        pushing.pushes.add(SILENT, parent[-KEY_BYTES:], chain(f"branch {n}", 0, 2), pushing.now)
+    pushing.pushes.add(DIGEST, b"", chain("new", 0, 4), pushing.now)
+    assert pushing.counters["push_slow"] == 8
+    pushing.run(100)
+    assert pushing.whole == []
+    assert pushing.counters["pushed_blocks"] == 16

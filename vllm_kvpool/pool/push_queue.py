@@ -6,7 +6,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, KeysView
 from dataclasses import dataclass
 
-from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys
+from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_keys, split_keys
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +40,7 @@ class PushQueue:
         self._counters = counters
         self._chains: deque[Chain] = deque()
         self._by_last: dict[bytes, Chain] = {}
+        self._by_parent: dict[bytes, set[Chain]] = {}
         self.num_blocks = 0
 
     def __len__(self) -> int:
@@ -67,11 +68,13 @@ class PushQueue:
             chain = before
         else:
             self._chains.append(chain)
+            self._by_parent.setdefault(chain.parent, set()).add(chain)
         self._by_last[chain.last] = chain
 
     def put_back(self, chain: Chain) -> None:
         """Before the others."""
         self._chains.appendleft(chain)
+        self._by_parent.setdefault(chain.parent, set()).add(chain)
         self._by_last[chain.last] = chain
         self.num_blocks += num_keys(chain.keys)
 
@@ -81,6 +84,10 @@ class PushQueue:
         self.num_blocks -= num_keys(chain.keys)
         if self._by_last.get(chain.last) is chain:
             del self._by_last[chain.last]
+        siblings = self._by_parent[chain.parent]
+        siblings.remove(chain)
+        if not siblings:
+            del self._by_parent[chain.parent]
         return chain
 
     # what is given up -----------------------------------------------------------------------------
@@ -94,9 +101,9 @@ class PushQueue:
             self.drop(self.take_out(0), reason)
 
     def drop_behind(self, batch: Chain, reason: str) -> None:
-        """Without it they would be refused, and the whole chain offered again, and so on."""
-        lost = batch.last
-        while place := next((n for n, c in enumerate(self, 1) if c.parent == lost), 0):
-            chain = self.take_out(place - 1)
-            self.drop(chain, reason)
-            lost = chain.last
+        """What continues any block of it: that would be refused, and the whole chain offered again, and so on."""
+        lost = list(split_keys(batch.keys))
+        while lost:
+            for chain in list(self._by_parent.get(lost.pop(), ())):
+                self.drop(self.take_out(self._chains.index(chain)), reason)
+                lost += split_keys(chain.keys)

@@ -100,7 +100,13 @@ class Pushes:
             chain.wholes, chain.not_before_ms = batch.wholes, batch.not_before_ms
         self._queue.add(chain)
         while self._queue.num_blocks > MAX_WAITING and len(self._queue) > 1:
-            self._queue.drop(self._queue.take_out(0), "slow" if self._reachable else "lost")
+            self._give_up(self._queue.take_out(self._oldest), "slow" if self._reachable else "lost")
+
+    @property
+    def _oldest(self) -> int:
+        """Place in the queue; of what is not the rest of a chain on its way, unless there is nothing else."""
+        on_their_way = {push.batch.last for push in self._open.values()}
+        return next((n for n, c in enumerate(self._queue) if c.parent not in on_their_way), 0)
 
     # a turn ---------------------------------------------------------------------------------------
 
