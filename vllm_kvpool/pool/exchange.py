@@ -294,7 +294,8 @@ class Exchange:
         try:
             self._inbox.send_multipart([what, digest, keys], zmq.NOBLOCK)
         except zmq.Again:
-            self.counters["push_busy"] += what == WHOLE
+            if what == WHOLE:
+                self.counters["push_busy"] += 1
 
     def _answer(self, connection: bytes, pulled: Pulled) -> None:
         try:

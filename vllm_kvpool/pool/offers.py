@@ -30,7 +30,7 @@ FEW_WAITING = 1_024
 """Blocks in the queue: what is new shall not wait behind what is old."""
 AGAIN_MS = 60_000
 """After blocks were given up, before all is offered once more."""
-GIVEN_UP = ("push_lost", "push_slow", "push_busy")
+GIVEN_UP = ("push_lost", "push_slow", "push_busy", "push_unheard")
 """Counters of blocks that may find a better time."""
 
 
@@ -61,7 +61,8 @@ class Offers:
 
     def _offer(self, digest: bytes, parent: bytes, keys: bytes) -> None:
         if not self._submit(digest, parent, keys):
-            self._counters["push_busy"] += num_keys(keys)
+            # Of this thread alone: `+=` of two threads loses some.
+            self._counters["push_unheard"] += num_keys(keys)
 
     def hear(self, what: bytes, digest: bytes, keys: bytes) -> None:
         """From `Pushes`."""
