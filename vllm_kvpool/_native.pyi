@@ -126,10 +126,12 @@ class PoolOwner:
     def take_changes(self) -> list[tuple[int, bytes, bytes]]:
         """Since the last call, by namespace: (its index, keys that became READY, keys that were forgotten). A key in
         both has come and gone; whether it is there now, the index knows."""
-    def ready_keys(self, first: int, limit: int, *, leaves: bool = False) -> tuple[int, bytes, int]:
+    def ready_keys(self, first: int, limit: int) -> tuple[int, bytes, int]:
         """Looks at no more than `limit` slots from number `first` on: the namespace that has them (-1: none), the
-        keys of the READY blocks among them (`leaves`: that no block follows), and the slot to go on with (`num_slots`
-        at the end)."""
+        keys of the READY blocks among them, and the slot to go on with (`num_slots` at the end)."""
+    def ready_leaves(self, first: int, limit: int) -> tuple[int, list[tuple[bytes, bytes]], int]:
+        """As `ready_keys`, but only blocks that no block follows, each as (key of the block before it, its key); b""
+        before a head. Not those that have lost the block before them."""
     def path_to(self, key: bytes) -> bytes:
         """Keys of the chain that ends with `key`, head first; b"" when it is not READY up to there, or has lost its
         head."""

@@ -342,12 +342,26 @@ void bind_owner(nb::module_& m) {
              })
         .def(
             "ready_keys",
-            [](PoolOwner& o, uint32_t from, uint32_t limit, bool leaves) {
-                auto [name_space, keys, next] = o.ready_keys(from, limit, leaves);
-                int index = name_space == kNoSlot ? -1 : static_cast<int>(name_space);
-                return nb::make_tuple(index, pack_keys(keys), next);
+            [](PoolOwner& o, uint32_t from, uint32_t limit) {
+                PoolOwner::ReadyKeys found = o.ready_keys(from, limit);
+                int index = found.name_space == kNoSlot ? -1 : static_cast<int>(found.name_space);
+                return nb::make_tuple(index, pack_keys(found.keys), found.next);
             },
-            "first"_a, "limit"_a, nb::kw_only(), "leaves"_a = false)
+            "first"_a, "limit"_a)
+        .def(
+            "ready_leaves",
+            [](PoolOwner& o, uint32_t from, uint32_t limit) {
+                PoolOwner::ReadyKeys found = o.ready_keys(from, limit, true);
+                int index = found.name_space == kNoSlot ? -1 : static_cast<int>(found.name_space);
+                nb::list leaves;
+                for (size_t i = 0; i < found.keys.size(); ++i) {
+                    const std::optional<BlockKey>& parent = found.parents[i];
+                    nb::bytes above = parent ? pack_keys({*parent}) : nb::bytes("", 0);
+                    leaves.append(nb::make_tuple(above, pack_keys({found.keys[i]})));
+                }
+                return nb::make_tuple(index, leaves, found.next);
+            },
+            "first"_a, "limit"_a)
         .def(
             "path_to",
             [](PoolOwner& o, nb::bytes key) {

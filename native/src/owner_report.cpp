@@ -38,15 +38,22 @@ PoolOwner::ReadyKeys PoolOwner::ready_keys(uint32_t from, uint32_t limit, bool l
     uint32_t slab = file_.slab_of(from);
     const SlabEntry& entry = file_.slabs()[slab];
     uint32_t first = static_cast<uint32_t>(slab * file_.geometry().slots_per_slab);
-    ReadyKeys found{kNoSlot, {}, static_cast<uint32_t>(first + file_.geometry().slots_per_slab)};
+    ReadyKeys found{kNoSlot, {}, static_cast<uint32_t>(first + file_.geometry().slots_per_slab), {}};
     uint32_t owner = entry.owner.load(std::memory_order_relaxed);
     if (owner == 0) return found;
     found.name_space = owner - 1;
     uint32_t end = first + entry.num_slots.load(std::memory_order_relaxed);
     if (from < end && limit < end - from) found.next = end = from + limit;
     for (uint32_t slot = from; slot < end; ++slot) {
-        bool wanted = state(slot) == SlotState::kReady && !(leaves && chains_.has_children(slot));
-        if (wanted) found.keys.push_back(header(slot).load_key());
+        if (state(slot) != SlotState::kReady || (leaves && chains_.has_children(slot))) continue;
+        if (leaves && header(slot).parent_tag.load() != 0) {
+            uint32_t parent = chains_.parent(slot);
+            if (parent == kNoSlot || state(parent) != SlotState::kReady) continue;
+            found.parents.push_back(header(parent).load_key());
+        } else if (leaves) {
+            found.parents.push_back(std::nullopt);
+        }
+        found.keys.push_back(header(slot).load_key());
     }
     return found;
 }

@@ -12,7 +12,7 @@ import pytest
 
 from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.pool.offers import AGAIN_MS, ARRIVED, FEW_WAITING, TURN_MS, WHOLE, Offers
-from vllm_kvpool.types import KEY_BYTES
+from vllm_kvpool.types import KEY_BYTES, REF_BYTES
 
 SLOT_BYTES = 2_048
 DIGEST = b"d" * KEY_BYTES
@@ -73,6 +73,31 @@ def test_the_last_block_of_every_chain_once(pool: Pool) -> None:
     chains = [pool.store(count) for count in (1, 2, 50, 3_000)]
     assert sorted(pool.run(60_000)) == sorted(last_two(keys) for keys in chains)
     assert pool.run(2 * AGAIN_MS) == []
+
+
+def test_nothing_is_offered_of_a_chain_that_lost_the_block_before_its_last(pool: Pool) -> None:
+    keys = os.urandom(5 * KEY_BYTES)
+    refs = pool.owner.prepare_store(pool.client, keys, b"", 0)
+    pool.owner.complete_store(pool.client, refs)
+    pool.owner.drop(refs[-2 * REF_BYTES : -REF_BYTES])
+    assert pool.run(60_000) == [last_two(keys[: 3 * KEY_BYTES])]
+
+
+def test_a_turn_looks_at_no_whole_chains(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the loop that engines wait for."""
+    chains = [pool.store(500) for _ in range(20)]
+    calls: Counter[str] = Counter()
+
+    class Counted:
+        def __getattr__(self, name: str) -> object:
+            calls[name] += 1
+            return getattr(pool.owner, name)
+
+    monkeypatch.setattr(pool.offers, "_owner", Counted())
+    turns = 60_000 // TURN_MS
+    assert len(pool.run(turns * TURN_MS)) == len(chains)
+    assert calls["path_to"] == 0
+    assert calls["namespaces"] <= calls["num_slots"] / 2
 
 
 def test_not_too_many_at_a_time(pool: Pool) -> None:

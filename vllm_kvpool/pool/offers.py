@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_kvpool._native import PoolOwner
-from vllm_kvpool.types import KEY_BYTES, num_keys, split_keys
+from vllm_kvpool.types import num_keys
 
 WHOLE, ARRIVED = b"whole", b"arrived"
 TURN_MS = 250
@@ -90,30 +90,24 @@ class Offers:
             self._walk()
 
     def _walk(self) -> None:
-        offered = 0
+        offered, digests = 0, self._digests()
         for _ in range(SLICES):
-            offered += self._offer_slice()
+            offered += self._offer_slice(digests)
             if self._next_slot == self._owner.num_slots:
                 self._next_slot, self._walk_at_ms = 0, None
                 return
             if offered >= SLICE_CHAINS:
                 return
 
-    def _offer_slice(self) -> int:
+    def _offer_slice(self, digests: dict[int, bytes]) -> int:
         """How many chains."""
-        first = self._next_slot
-        namespace, keys, self._next_slot = self._owner.ready_keys(first, SLICE_SLOTS, leaves=True)
-        if keys:
-            digest = self._digest(namespace)
-            for last in split_keys(keys):
-                self._offer_last(digest, last)
-        return num_keys(keys)
+        found = self._owner.ready_leaves(self._next_slot, SLICE_SLOTS)
+        namespace, leaves, self._next_slot = found
+        for parent, key in leaves:
+            self._offer(digests[namespace], parent, key)
+        return len(leaves)
 
-    def _digest(self, namespace: int) -> bytes:
+    def _digests(self) -> dict[int, bytes]:
+        """Of the namespaces, by their index: while nothing else happens these do not change."""
         spaces: list[dict[str, Any]] = self._owner.namespaces()
-        return bytes.fromhex(next(s["digest"] for s in spaces if s["index"] == namespace))
-
-    def _offer_last(self, digest: bytes, key: bytes) -> None:
-        chain = self._owner.path_to(key)
-        if chain:
-            self._offer(digest, chain[-2 * KEY_BYTES : -KEY_BYTES], key)
+        return {space["index"]: bytes.fromhex(space["digest"]) for space in spaces}

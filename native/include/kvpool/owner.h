@@ -90,12 +90,13 @@ class PoolOwner {
     void keep_journal() { journal_on_ = true; }
     std::map<uint32_t, Changes> take_changes() { return std::exchange(journal_, {}); }
     // READY blocks among at most `limit` slots from number `from` on, of one slab and so of one namespace (kNoSlot:
-    // nobody has the slab); `leaves`: those that no block follows. `next` is where to go on; past the last slot that is
-    // num_slots().
+    // nobody has the slab); `leaves`: those that no block follows, if their chain has not lost the block before them,
+    // and these, too (nullopt: a head). `next` is where to go on; past the last slot that is num_slots().
     struct ReadyKeys {
         uint32_t name_space;
         std::vector<BlockKey> keys;
         uint32_t next;
+        std::vector<std::optional<BlockKey>> parents;
     };
     ReadyKeys ready_keys(uint32_t from, uint32_t limit, bool leaves = false) const;
 
