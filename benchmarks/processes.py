@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,8 @@ READY_TIMEOUT_S = 20.0
 ENGINE_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
 CONNECTOR = ("KVPoolConnector", "vllm_kvpool.connector")
+FIRST_PORT, PORTS = 11_000, 11_000
+_ports = itertools.count(os.getpid() * 97, step=17)  # another process begins elsewhere
 
 
 class ChildProcess:
@@ -289,7 +292,15 @@ def kv_transfer_config(
     }
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(*beside: int) -> int:
+    """A port that nobody uses; those `beside` it, so many further, are free too. No port comes twice.
+
+    All lie below the range from which the kernel serves port 0 and connections: nobody is given one
+    of them by chance before it is bound. Steps leave room for what is `beside` an earlier one.
+    """
+    while True:
+        port = FIRST_PORT + next(_ports) % PORTS
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for other in (port, *(port + offset for offset in beside)):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", other))
+            return port

@@ -36,9 +36,8 @@ class RedisServer:
         self, folder: Path, *options: str, host: str = "127.0.0.1", password: str = ""
     ) -> None:
         self.folder = folder
-        self.host, self.port = host, free_port()
-        while self.port > 50_000:  # a cluster's nodes use another one, 10,000 further up
-            self.port = free_port()
+        self.host = host
+        self.port = free_port(10_000)  # a cluster's nodes use another one, so much further
         self.password = password
         self.options = (*options, *(["--requirepass", password] if password else []))
         self.process: subprocess.Popen[bytes] | None = None

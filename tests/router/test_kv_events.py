@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,25 +10,14 @@ import pytest
 from helpers import until
 from router.conftest import CHAT, RouterUnderTest, chat_body
 
-from benchmarks.processes import MockEngine
-
-
-def free_ports() -> int:
-    """One that is free with its neighbour, and so are both a thousand further."""
-    for port in range(20_000, 28_000, 7):
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for other in (port, port + 1, port + 1_000, port + 1_001):
-                stack.enter_context(socket.create_server(("127.0.0.1", other)))
-            return port
-    raise AssertionError("no port is free")
-
+from benchmarks.processes import MockEngine, free_port
 
 EVENTS = ("--speed", "0", "--dp-ranks", "2", "--events-port")
 
 
 @pytest.fixture
 def events_port() -> int:
-    return free_ports()
+    return free_port(1, 1_000, 1_001)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
 
+import pytest
 from helpers import run_cli, until
 from router.conftest import RouterUnderTest
 from router.fake_replica import FakeReplica, answer, stream
@@ -66,6 +67,25 @@ def test_a_worker_that_dies_is_replaced(make_router: MakeRouter, replica: FakeRe
 
     until(served)
     assert router.metric("worker_restarts_total") == 1
+
+
+def test_the_port_is_kept_while_no_worker_listens(
+    make_router: MakeRouter, replica: FakeReplica
+) -> None:
+    router = make_router(replica)
+    for pid in router.workers():
+        os.kill(pid, signal.SIGKILL)
+
+    def refused() -> bool:
+        try:
+            router.connect().close()
+        except ConnectionRefusedError:
+            return True
+        return False
+
+    until(refused)
+    with pytest.raises(OSError, match="in use"):
+        socket.create_server(("127.0.0.1", router.port))
 
 
 def test_counters_do_not_fall_with_a_worker(make_router: MakeRouter, replica: FakeReplica) -> None:

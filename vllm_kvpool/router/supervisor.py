@@ -118,6 +118,8 @@ class Supervisor:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind((host, port))
+        # Else a server of anybody could listen beside a socket that only holds the port.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         return holder
 
     # workers --------------------------------------------------------------------------------------

@@ -58,11 +58,12 @@ class WorkerProcess:
                 case _:
                     obey(self, message)
         self._channel.close()
-        if not self._ready.done():
-            self._ready.set_exception(KVPoolError("a worker ended before it was ready"))
         for future in self._collected.values():
             future.cancel()
-        return await self._process.wait()
+        status = await self._process.wait()  # it may still be telling why
+        if not self._ready.done():
+            self._ready.set_exception(KVPoolError("a worker ended before it was ready"))
+        return status
 
     async def wait_ready(self) -> None:
         """KVPoolError: it did not get there."""

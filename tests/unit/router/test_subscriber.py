@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,27 +14,13 @@ import zmq.asyncio
 
 from benchmarks.mock_replica import MockConfig, MockReplica, serving
 from benchmarks.modelled_engine import EngineModel
+from benchmarks.processes import free_port
 from vllm_kvpool.router.event_index import Trust
 from vllm_kvpool.router.fleet import Fleet
 from vllm_kvpool.router.keys import route_request
 from vllm_kvpool.router.kv_events import KvEvents
 from vllm_kvpool.router.subscriber import Subscriber, endpoint_of_rank
 from vllm_kvpool.router.types import Replica, RouteRequest
-
-
-def free_port() -> int:
-    """With the thousandth after it free too, for replays."""
-    while True:
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            port = one.getsockname()[1]
-            if port > 60_000:
-                continue
-            try:
-                other.bind(("127.0.0.1", port + 1000))
-            except OSError:
-                continue
-            return int(port)
 
 
 class Setting:
@@ -83,7 +68,7 @@ class Setting:
 
 def run(body: Callable[[Setting], Awaitable[None]], **config: Any) -> None:
     async def inner() -> None:
-        settings = MockConfig(speed=0, events_port=free_port(), **config)
+        settings = MockConfig(speed=0, events_port=free_port(1_000), **config)
         async with serving(settings) as (mock, url), aiohttp.ClientSession(url) as client:
             setting = Setting(settings, client, mock)
             try:
@@ -188,7 +173,7 @@ def test_evicted_and_cleared_blocks_are_gone() -> None:
 
 def test_garbage_is_believed_less_and_stops_nobody(caplog: pytest.LogCaptureFixture) -> None:
     async def inner() -> None:
-        port = free_port()
+        port = free_port(1_000)
         context = zmq.asyncio.Context()
         policy = KvEvents()
         subscriber = Subscriber(policy.events)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import subprocess
 import sys
 import textwrap
@@ -11,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from benchmarks.processes import free_port
 from vllm_kvpool.router.event_index import EventIndex, Trust
 from vllm_kvpool.router.subscriber import Subscriber, endpoint_of_rank
 
@@ -45,14 +45,6 @@ PUBLISHER = textwrap.dedent(
 )
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [int(s.getsockname()[1]) for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
-
-
 async def until(what: Callable[[], object], value: object) -> None:
     for _ in range(250):
         seen = what()
@@ -64,8 +56,7 @@ async def until(what: Callable[[], object], value: object) -> None:
 
 def test_what_vllm_publishes_is_understood() -> None:
     """As rank 1, whose ports vLLM counts up itself; the first batch is gone before we come."""
-    ports = [port - 1 for port in free_ports(2)]
-    endpoint, replay = (f"tcp://127.0.0.1:{port}" for port in ports)
+    endpoint, replay = (f"tcp://127.0.0.1:{free_port() - 1}" for _ in range(2))
     bound = endpoint.replace("127.0.0.1", "*")
     command = [sys.executable, "-c", PUBLISHER, "1", bound, replay]
     with subprocess.Popen(
