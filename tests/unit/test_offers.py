@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from owned_pool import DIGEST, OwnedPool
 
-from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.pool.offers import AGAIN_MS, ARRIVED, FEW_WAITING, TURN_MS, WHOLE, Offers
 from vllm_kvpool.types import KEY_BYTES, REF_BYTES
 
-SLOT_BYTES = 2_048
-DIGEST = b"d" * KEY_BYTES
 UPSTREAM = b"u" * 16
 
 
-class Pool:
-    """Of some chains, and its offers."""
+class Front(OwnedPool):
+    """A pool of some chains, and its offers."""
 
     def __init__(self, folder: Path) -> None:
-        self.owner = PoolOwner.create(str(folder / "pool"), 48 << 20, SLOT_BYTES)
-        for slab in range(self.owner.num_slabs):
-            self.owner.populate(slab)
-        self.lock = (folder / "lock").open("w")
-        fcntl.flock(self.lock, fcntl.LOCK_SH)
-        namespace = self.owner.add_namespace(DIGEST, SLOT_BYTES, "")
-        self.client = self.owner.add_client("c", str(folder / "lock"), os.getpid(), namespace)
+        super().__init__(folder)
         self.counters: Counter[str] = Counter()
         self.offered: list[tuple[bytes, bytes]] = []
         """(parent, keys)."""
@@ -43,12 +34,6 @@ class Pool:
             self.offered.append((parent, keys))
         return not self.full
 
-    def store(self, count: int) -> bytes:
-        keys = os.urandom(count * KEY_BYTES)
-        refs = self.owner.prepare_store(self.client, keys, b"", 0)
-        assert self.owner.complete_store(self.client, refs) == count
-        return keys
-
     def run(self, milliseconds: int) -> list[tuple[bytes, bytes]]:
         """What was offered meanwhile."""
         self.offered = []
@@ -59,23 +44,22 @@ class Pool:
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Iterator[Pool]:
-    made = Pool(tmp_path)
-    yield made
-    made.lock.close()
+def pool(tmp_path: Path) -> Iterator[Front]:
+    with Front(tmp_path) as front:
+        yield front
 
 
 def last_two(keys: bytes) -> tuple[bytes, bytes]:
     return keys[-2 * KEY_BYTES : -KEY_BYTES], keys[-KEY_BYTES:]
 
 
-def test_the_last_block_of_every_chain_once(pool: Pool) -> None:
+def test_the_last_block_of_every_chain_once(pool: Front) -> None:
     chains = [pool.store(count) for count in (1, 2, 50, 3_000)]
     assert sorted(pool.run(60_000)) == sorted(last_two(keys) for keys in chains)
     assert pool.run(2 * AGAIN_MS) == []
 
 
-def test_nothing_is_offered_of_a_chain_that_lost_the_block_before_its_last(pool: Pool) -> None:
+def test_nothing_is_offered_of_a_chain_that_lost_the_block_before_its_last(pool: Front) -> None:
     keys = os.urandom(5 * KEY_BYTES)
     refs = pool.owner.prepare_store(pool.client, keys, b"", 0)
     pool.owner.complete_store(pool.client, refs)
@@ -83,7 +67,7 @@ def test_nothing_is_offered_of_a_chain_that_lost_the_block_before_its_last(pool:
     assert pool.run(60_000) == [last_two(keys[: 3 * KEY_BYTES])]
 
 
-def test_a_turn_looks_at_no_whole_chains(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_turn_looks_at_no_whole_chains(pool: Front, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the loop that engines wait for."""
     chains = [pool.store(500) for _ in range(20)]
     calls: Counter[str] = Counter()
@@ -100,7 +84,7 @@ def test_a_turn_looks_at_no_whole_chains(pool: Pool, monkeypatch: pytest.MonkeyP
     assert calls["namespaces"] <= calls["num_slots"] / 2
 
 
-def test_not_too_many_at_a_time(pool: Pool) -> None:
+def test_not_too_many_at_a_time(pool: Front) -> None:
     for _ in range(3_000):
         pool.store(1)
     pool.counters["push_waiting"] = FEW_WAITING
@@ -110,7 +94,7 @@ def test_not_too_many_at_a_time(pool: Pool) -> None:
     assert len({keys for _, keys in pool.run(60_000)}) > 2_000
 
 
-def test_what_was_given_up_is_offered_again(pool: Pool) -> None:
+def test_what_was_given_up_is_offered_again(pool: Front) -> None:
     keys = pool.store(5)
     pool.full = True
     pool.run(10_000)
@@ -123,7 +107,7 @@ def test_what_was_given_up_is_offered_again(pool: Pool) -> None:
     assert pool.run(2 * AGAIN_MS) == []
 
 
-def test_what_pushes_tell(pool: Pool) -> None:
+def test_what_pushes_tell(pool: Front) -> None:
     keys = pool.store(5)
     pool.offers.hear(WHOLE, DIGEST, keys[-KEY_BYTES:])
     assert pool.offered == [(b"", keys)]
@@ -133,7 +117,7 @@ def test_what_pushes_tell(pool: Pool) -> None:
     assert pool.owner.stats()["copies"] == 5
 
 
-def test_what_comes_from_the_upstream_is_not_offered(pool: Pool) -> None:
+def test_what_comes_from_the_upstream_is_not_offered(pool: Front) -> None:
     pool.offers.stored(DIGEST, b"", b"a" * KEY_BYTES, UPSTREAM)
     pool.offers.stored(DIGEST, b"", b"b" * KEY_BYTES, b"")
     assert pool.offered == [(b"", b"b" * KEY_BYTES)]

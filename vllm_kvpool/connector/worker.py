@@ -259,12 +259,13 @@ class WorkerSide:
                 attached.told_error = attached.engine.error
                 logger.error("KV pool: copies failed: %s", attached.told_error)
             job = attached.running.pop(number)
-            if isinstance(job, LoadJob) and number not in attached.announced:
+            if number in attached.announced:
+                attached.announced.discard(number)
+                if any(statuses):
+                    cause = attached.engine.error or "a slot was lost"
+                    raise RuntimeError(f"KV pool: a load broke off at its end: {cause}")
+            elif isinstance(job, LoadJob):
                 self._loaded.add(job.request_id)
-            elif number in attached.announced and any(statuses):
-                cause = attached.engine.error or "a slot was lost"
-                raise RuntimeError(f"KV pool: a load broke off at its end: {cause}")
-            attached.announced.discard(number)
             self._count(job, statuses, nanoseconds / 1e9)
             self._end(job, attached.of_all_blocks(job, statuses))
 
