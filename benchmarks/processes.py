@@ -29,7 +29,11 @@ _ports = itertools.count(os.getpid() * 97, step=17)  # another process begins el
 
 
 class ChildProcess:
-    """A process of its own session, whose output goes to a file, and which never outlives its `with`."""
+    """A process of its own group, whose output goes to a file, and which never outlives its `with`.
+
+    Not of its own session: Linux (autogroup) shares processors among sessions before threads, and an
+    engine that spins has kept the daemon of another session from running for seconds (seen on 6.18).
+    """
 
     def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
         self.command, self.log, self.env = command, log, env
@@ -43,7 +47,7 @@ class ChildProcess:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **(self.env or {})},
-                start_new_session=True,
+                process_group=0,
             )
         return self
 
