@@ -50,7 +50,16 @@ from vllm_kvpool.protocol import (
     Touch,
     Welcome,
 )
-from vllm_kvpool.types import BlockKeys, SlotRefs, num_keys, num_refs
+from vllm_kvpool.types import (
+    NO_REFS,
+    REF_BYTES,
+    BlockKeys,
+    SlotRefs,
+    num_keys,
+    num_refs,
+    pack_refs,
+    unpack_refs,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +72,6 @@ REFUSED_RETRY_MS = 10_000
 """After one of `REFUSALS`: somebody has to change something first."""
 MAX_REPLIES = 256
 """Replies taken in one `poll`: a bound for the time spent in a scheduler step."""
-
-NO_REFS = SlotRefs(b"")
 
 
 class PoolClient:
@@ -147,13 +154,18 @@ class PoolClient:
         bitmap."""
         return self._bitmap != NO_CLIENT or self._namespace is None
 
-    def lease(self, refs: SlotRefs) -> bytes:
-        """One byte a reference: 1 when its slot is leased and still is that block. Release only
-        those."""
+    def lease(self, refs: SlotRefs) -> SlotRefs:
+        """Those that are leased now: all up to the first whose slot is another block's by now."""
         if self.view is None or self._draining or self._bitmap == NO_CLIENT:
             self.skipped["lease_no_pool"] += 1
-            return bytes(num_refs(refs))
-        return self.view.lease(refs)
+            return NO_REFS
+        leased = self.view.lease(refs)
+        run = len(leased) - len(leased.lstrip(b"\1"))
+        if run == len(leased):
+            return refs
+        behind = zip(unpack_refs(refs)[run:], leased[run:], strict=True)
+        self.view.release(pack_refs(ref for ref, held in behind if held))
+        return SlotRefs(refs[: run * REF_BYTES])
 
     def release(self, refs: SlotRefs) -> None:
         assert self.view is not None, "released without a lease"

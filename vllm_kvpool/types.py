@@ -22,6 +22,8 @@ BlockKeys = NewType("BlockKeys", bytes)
 SlotRefs = NewType("SlotRefs", bytes)
 """n x 8 bytes, little-endian uint64."""
 
+NO_REFS = SlotRefs(b"")
+
 
 def pack_refs(refs: Iterable[int]) -> SlotRefs:
     return SlotRefs(array("Q", refs).tobytes())

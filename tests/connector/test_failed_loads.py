@@ -14,7 +14,7 @@ from helpers import Daemon, until
 from vllm_kvpool._native import COPY_CANCELLED, CopyEngine
 from vllm_kvpool.connector.metadata import LoadJob
 from vllm_kvpool.pool.admin import clear
-from vllm_kvpool.types import REF_BYTES, SlotRefs, num_refs, unpack_refs
+from vllm_kvpool.types import REF_BYTES, SlotRefs, num_refs, pack_refs, unpack_refs
 
 MakeEngine = Callable[..., MiniEngine]
 PROMPT = prompt_of(1, 10 * BLOCK + 1)
@@ -86,14 +86,12 @@ def test_block_that_was_evicted_between_lookup_and_lease(loader: MiniEngine, los
     """Nothing is shortened silently: the tail is reported, and leases behind the gap are returned."""
     lease = client_of(loader).lease
 
-    def lease_all_but_one(refs: SlotRefs) -> bytes:
-        one = slice(lost * REF_BYTES, (lost + 1) * REF_BYTES)
-        mask = bytearray(lease(refs))
-        client_of(loader).release(SlotRefs(refs[one]))
-        mask[lost] = 0
-        return bytes(mask)
+    def lease_when_one_is_gone(refs: SlotRefs) -> SlotRefs:
+        values = unpack_refs(refs)
+        values[lost] += 1 << 32  # another block has that slot by now
+        return lease(pack_refs(values))
 
-    client_of(loader).lease = lease_all_but_one
+    client_of(loader).lease = lease_when_one_is_gone
     assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
     assert loader.stats["load_failed_blocks:lease"] == BLOCKS - lost
     assert loader.stats["hit_blocks"] == lost

@@ -34,7 +34,7 @@ def test_lookups_and_leases_go_on(daemon: Daemon, hasty: PoolClient) -> None:
     store(hasty, keys)
     daemon.pause()
     refs = hasty.match_prefix(keys)
-    assert hasty.lease(refs) == b"\1" * 6
+    assert hasty.lease(refs) == refs
     hasty.release(refs)
 
 

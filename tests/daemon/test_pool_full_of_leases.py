@@ -20,7 +20,7 @@ def test_no_room_then_room_again(daemon: Daemon, make_client: Callable[..., Pool
     assert 0 < capacity < MORE_THAN_THE_POOL
     refs = reader.match_prefix(keys)
     assert num_refs(refs) == capacity
-    assert reader.lease(refs) == b"\1" * capacity
+    assert reader.lease(refs) == refs
 
     start = time.monotonic()
     grant = prepare(writer, keys_of("other", 10))

@@ -31,10 +31,17 @@ from vllm_kvpool.connector.metadata import JobReport, LoadJob
 from vllm_kvpool.connector.records import Lookup, RequestRecord
 from vllm_kvpool.connector.stats import KVPoolStats
 from vllm_kvpool.connector.tradeoff import Tradeoff
-from vllm_kvpool.types import KEY_BYTES, REF_BYTES, BlockKeys, SlotRefs, num_refs
+from vllm_kvpool.types import (
+    KEY_BYTES,
+    NO_REFS,
+    REF_BYTES,
+    BlockKeys,
+    SlotRefs,
+    num_refs,
+    pack_refs,
+    unpack_refs,
+)
 
-NO_REFS = SlotRefs(b"")
-LEASED = 1
 STATUS_REASONS = {
     COPY_STALE: "stale",
     COPY_CHECKSUM: "checksum",
@@ -157,7 +164,7 @@ class LoadPlanner:
     def _start(self, record: RequestRecord, lookup: Lookup, blocks: Any) -> None:
         """Only what cannot wait: the rest follows in `take_planned`, as each hook has little time."""
         num_blocks = lookup.num_load_blocks
-        refs = _leased_run(self._client, SlotRefs(lookup.refs[lookup.first * REF_BYTES :]))
+        refs = self._client.lease(SlotRefs(lookup.refs[lookup.first * REF_BYTES :]))
         number = next(self._numbers)
         begun_s = time.monotonic()
         load = _Load(record, refs, lookup.first, num_blocks - num_refs(refs), begun_s)
@@ -231,29 +238,11 @@ class LoadPlanner:
             if amount := statuses.count(status):
                 self._stats.count("load_failed_blocks", amount, reason=reason)
         if COPY_CHECKSUM in statuses:
-            self._link.drop_damaged(_refs_with(load.refs, statuses, COPY_CHECKSUM))
+            pairs = zip(unpack_refs(load.refs), statuses, strict=True)
+            damaged = pack_refs(ref for ref, status in pairs if status == COPY_CHECKSUM)
+            self._link.drop_damaged(damaged)
 
     @property
     def _client(self) -> PoolClient:
         assert self._link.client is not None
         return self._link.client
-
-
-def _leased_run(client: PoolClient, refs: SlotRefs) -> SlotRefs:
-    """Lease `refs`; of those behind the first that is lost, none is kept."""
-    mask = client.lease(refs)
-    lost = mask.find(0)
-    if lost < 0:
-        return refs
-    rest = SlotRefs(refs[lost * REF_BYTES :])
-    client.release(_refs_with(rest, mask[lost:], LEASED))
-    return SlotRefs(refs[: lost * REF_BYTES])
-
-
-def _refs_with(refs: SlotRefs, values: bytes, value: int) -> SlotRefs:
-    pieces = [
-        refs[i * REF_BYTES : (i + 1) * REF_BYTES]
-        for i, found in enumerate(values)
-        if found == value
-    ]
-    return SlotRefs(b"".join(pieces))

@@ -28,6 +28,7 @@ from vllm_kvpool.ledger import StoreGrant
 from vllm_kvpool.types import (
     KEY_BYTES,
     NO_REF,
+    NO_REFS,
     BlockKeys,
     SlotRefs,
     num_refs,
@@ -36,7 +37,6 @@ from vllm_kvpool.types import (
     without_none,
 )
 
-NO_REFS = SlotRefs(b"")
 MAX_PINNED_SHARE = 2
 """One block in so many may be pinned: where the cache is small that is what a few steps full of prompts compute before
 the first of them are reported as stored, and requests that end meanwhile lose what was not pinned."""

@@ -11,9 +11,7 @@ from vllm_kvpool.pool.directory import HostRecord
 from vllm_kvpool.pool.landing import Landing
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.pool.spaces import Space
-from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs
-
-NO_REFS = SlotRefs(b"")
+from vllm_kvpool.types import KEY_BYTES, NO_REFS, BlockKeys, SlotRefs
 
 
 @dataclass(slots=True, eq=False)

@@ -15,7 +15,6 @@ import zmq
 
 from vllm_kvpool import protocol
 from vllm_kvpool._native import crc32c
-from vllm_kvpool.client import PoolClient
 from vllm_kvpool.pool.requests import RefusedError
 from vllm_kvpool.pool.spaces import Space
 from vllm_kvpool.protocol import MAX_FRAME_BYTES, MAX_FRAMES, Blocks, ReadBlocks
@@ -155,7 +154,7 @@ class Outbox:
         if not line.waiting:
             return None
         request, space = line.waiting.popleft()
-        refs = _leased_run(space.client, BlockKeys(request.keys))
+        refs = space.client.lease(space.client.match_prefix(BlockKeys(request.keys)))
         self._counters["sent_blocks"] += num_refs(refs)
         line.reads.append(_Read(request.id, space, refs))
         return line.reads[-1]
@@ -203,14 +202,3 @@ class Outbox:
         for read in line.reads:
             read.done = True
         self._settle(line)
-
-
-def _leased_run(client: PoolClient, keys: BlockKeys) -> SlotRefs:
-    refs = client.match_prefix(keys)
-    leased = client.lease(refs)
-    run = len(leased) - len(leased.lstrip(b"\1"))
-    behind = unpack_refs(refs[run * REF_BYTES :])
-    for ref, held in zip(behind, leased[run:], strict=True):
-        if held:
-            client.release(SlotRefs(ref.to_bytes(REF_BYTES, "little")))
-    return SlotRefs(refs[: run * REF_BYTES])
