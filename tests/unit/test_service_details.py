@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from vllm_kvpool._native import PoolOwner
+from vllm_kvpool._native import PoolOwner, PoolView
 from vllm_kvpool.liveness import ClientLock
 from vllm_kvpool.pool.files import PoolFolder, size_text
 from vllm_kvpool.pool.mount import Mount
@@ -16,9 +17,11 @@ from vllm_kvpool.pool.prefault import Prefault
 from vllm_kvpool.pool.service import PoolService
 from vllm_kvpool.protocol import (
     MAX_DESCRIPTION_BYTES,
+    CompleteStore,
     Error,
     Hello,
     Namespace,
+    Prepared,
     PrepareStore,
     encode,
 )
@@ -76,8 +79,9 @@ def test_sizes_for_people() -> None:
     ]  # fmt: skip
 
 
-def test_grant_that_cannot_be_delivered_is_taken_back(tmp_path: Path) -> None:
-    """ZeroMQ says so when the client's connection is gone, or takes nothing any more."""
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[tuple[PoolService, PoolOwner]]:
+    """A client has said hello over "connection"."""
     with PoolFolder("x", str(tmp_path)) as folder:
         owner = PoolOwner.create(str(folder.paths.pool), 16 << 20)
         owner.populate(0)
@@ -87,13 +91,38 @@ def test_grant_that_cannot_be_delivered_is_taken_back(tmp_path: Path) -> None:
         space = Namespace(digest=bytes(32), slot_bytes=1 << 16, fields={})
         hello = Hello(id=1, version=1, now_ms=0, pid=1, client_id="0" * 32, namespace=space)
         service.handle(b"connection", encode(hello))
-        reply = service.handle(
-            b"connection", encode(PrepareStore(id=2, keys=bytes(32) + b"\1" * 32))
-        )
-        assert owner.stats()["writing"] == 2
-        assert reply is not None
-        service.undelivered(b"connection", reply)
-        assert owner.stats()["writing"] == 0
-        assert service.counters["replies_lost"] == 1
+        yield service, owner
         owner.check_integrity()
         lock.close()
+
+
+def test_grant_that_cannot_be_delivered_is_taken_back(
+    served: tuple[PoolService, PoolOwner],
+) -> None:
+    """ZeroMQ says so when the client's connection is gone, or takes nothing any more."""
+    service, owner = served
+    reply = service.handle(b"connection", encode(PrepareStore(id=2, keys=bytes(32) + b"\1" * 32)))
+    assert owner.stats()["writing"] == 2
+    assert reply is not None
+    service.undelivered(b"connection", reply)
+    assert owner.stats()["writing"] == 0
+    assert service.counters["replies_lost"] == 1
+
+
+@pytest.mark.parametrize(("stored_ms", "expires_s"), [(10_000, 11), (10_001, 12), (10_999, 12)])
+def test_blocks_live_for_their_whole_time(
+    served: tuple[PoolService, PoolOwner],
+    monkeypatch: pytest.MonkeyPatch,
+    stored_ms: int,
+    expires_s: int,
+) -> None:
+    """Pool time has whole seconds; a time of one of them is not over with the second that has begun."""
+    service, owner = served
+    monkeypatch.setattr("vllm_kvpool.pool.service.pool_time_ms", lambda: stored_ms)
+    keys = bytes(32)
+    prepared = service.handle(b"connection", encode(PrepareStore(id=2, keys=keys, ttl_s=1)))
+    assert isinstance(prepared, Prepared)
+    service.handle(b"connection", encode(CompleteStore(id=3, refs=prepared.refs)))
+    view = PoolView.open(owner.path)
+    assert view.match_prefix(keys, expires_s - 1) == prepared.refs
+    assert view.match_prefix(keys, expires_s) == b""

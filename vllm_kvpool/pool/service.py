@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_kvpool import __version__, protocol
 from vllm_kvpool._native import FORMAT_VERSION, PoolOwner
-from vllm_kvpool.clock import now_ms, pool_time_s
+from vllm_kvpool.clock import now_ms, pool_time_ms, pool_time_s
 from vllm_kvpool.liveness import is_held
 from vllm_kvpool.pool.exchange import Exchange
 from vllm_kvpool.pool.files import PoolFolder
@@ -213,13 +213,12 @@ class PoolService:
             raise RefusedError("malformed", f"ttl_s lies between 0 and {MAX_TTL_S}")
         if request.source and len(request.source) != POOL_ID_BYTES:
             raise RefusedError("malformed", f"source has {POOL_ID_BYTES} bytes, or none")
-        now_s = pool_time_s()
         refs = self._owner.prepare_store(
             session.client,
             request.keys,
             request.parent,
-            now_s,
-            expiry_s=now_s + request.ttl_s if request.ttl_s else 0,
+            pool_time_s(),
+            expiry_s=_expiry_s(request.ttl_s),
             pin=request.pin and self._may_pin(session.namespace, num_keys(request.keys)),
             source=request.source,
         )
@@ -321,6 +320,11 @@ def _expect_held(lock: Path) -> None:
         raise RefusedError("lock", text) from None
     if not held:
         raise RefusedError("lock", f"hold a shared flock on {lock.name} in clients/ first")
+
+
+def _expiry_s(ttl_s: int) -> int:
+    """Never too early: the second that has begun does not count. 0: never."""
+    return -(-pool_time_ms() // 1_000) + ttl_s if ttl_s else 0
 
 
 def _refs(refs: bytes) -> bytes:
