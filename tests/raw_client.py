@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 import zmq
-from helpers import SLOT_BYTES, Daemon
+from helpers import PATIENT_MS, SLOT_BYTES, Daemon
 
 CLIENT_ID = "0123456789abcdef" * 2
 DIGEST = bytes(range(32))
@@ -21,7 +21,7 @@ class RawClient:
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.linger = 0
-        self.socket.rcvtimeo = 5_000
+        self.socket.rcvtimeo = PATIENT_MS
         self.socket.connect(daemon.paths.endpoint)
         self.lock = os.open(daemon.paths.client_lock(CLIENT_ID), os.O_CREAT | os.O_RDWR)
         fcntl.flock(self.lock, fcntl.LOCK_SH)

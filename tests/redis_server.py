@@ -11,7 +11,7 @@ from typing import Self
 
 import pytest
 import redis
-from helpers import until
+from helpers import stop, until
 
 from benchmarks.processes import free_port
 
@@ -68,11 +68,11 @@ class RedisServer:
         try:
             with self.client as client:
                 return bool(client.ping())
-        except redis.ConnectionError:
+        except (redis.ConnectionError, redis.TimeoutError):
             return False
 
     def pause(self) -> None:
-        self.process.send_signal(signal.SIGSTOP)
+        stop(self.process)
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -53,7 +53,7 @@ def test_first_engine_starts_it_and_the_next_uses_it(shm_dir: Path, paths: PoolP
 def test_engines_at_once_start_one_daemon(shm_dir: Path, paths: PoolPaths) -> None:
     engines = [launch(shm_dir) for _ in range(4)]
     for engine in engines:
-        _, errors = engine.communicate(timeout=30)
+        _, errors = engine.communicate(timeout=60)
         assert engine.returncode == 0, errors
     assert paths.daemon_log.read_text().count("ready") == 1
 
@@ -61,7 +61,7 @@ def test_engines_at_once_start_one_daemon(shm_dir: Path, paths: PoolPaths) -> No
 def test_daemon_is_nobodys_child(shm_dir: Path, paths: PoolPaths) -> None:
     """vLLM ends its children, and theirs, when it ends."""
     engine = launch(shm_dir)
-    engine.communicate(timeout=30)
+    engine.communicate(timeout=60)
     pid = fetch_stats("launched", str(shm_dir))["pool"]["pid"]
     status = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     parent, session = int(status[1]), int(status[3])
@@ -72,8 +72,8 @@ def test_daemon_is_nobodys_child(shm_dir: Path, paths: PoolPaths) -> None:
 def test_failure_ends_with_what_the_daemon_said(shm_dir: Path, paths: PoolPaths) -> None:
     start = time.monotonic()
     with pytest.raises(PoolUnavailable, match=r"ended at once: .*100\.0 TiB do not fit"):
-        ensure_daemon("launched", "100TiB", str(shm_dir))
-    assert time.monotonic() - start < 10
+        ensure_daemon("launched", "100TiB", str(shm_dir), timeout_s=120)
+    assert time.monotonic() - start < 60, "not only when the time was up"
     assert not paths.pool.exists()
 
 

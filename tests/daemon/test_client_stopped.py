@@ -3,6 +3,7 @@ else."""
 
 from __future__ import annotations
 
+import itertools
 import signal
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from helpers import Daemon, EngineProcess, keys_of, prepare, store, until
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.types import num_refs, unpack_refs
 
-LONGER_THAN_ANY_GRACE_S = 4.0
+LONGER_THAN_THE_GRACE_S = 2.0
 
 
 def test_stores_in_flight_are_kept(
@@ -22,12 +23,11 @@ def test_stores_in_flight_are_kept(
     assert engine.do("prepare", "chain", 20) == 20
     engine.send_signal(signal.SIGSTOP)
     # Somebody else wants all the room there is, again and again.
-    give_up = time.monotonic() + LONGER_THAN_ANY_GRACE_S
-    for i in range(1_000):
+    until_s = time.monotonic() + LONGER_THAN_THE_GRACE_S
+    for i in itertools.count():
         store(client, keys_of(f"other {i}", 60))
-        if time.monotonic() > give_up:
+        if time.monotonic() > until_s and daemon.counter("evicted") > 0:
             break
-    assert daemon.counter("evicted") > 0
     assert daemon.counter("writing") == 20
     engine.send_signal(signal.SIGCONT)
     assert engine.do("complete") == 20
@@ -41,7 +41,7 @@ def test_leases_are_kept(
     engine.do("store", "chain", 20)
     assert engine.do("lease", "chain", 20) == 20
     engine.send_signal(signal.SIGSTOP)
-    time.sleep(LONGER_THAN_ANY_GRACE_S)
+    time.sleep(LONGER_THAN_THE_GRACE_S)
     for i in range(20):
         store(client, keys_of(f"other {i}", 60))
     refs = client.match_prefix(keys_of("chain", 20))
@@ -57,6 +57,6 @@ def test_stopped_then_killed(
     assert engine.do("prepare", "chain", 20) == 20
     engine.send_signal(signal.SIGSTOP)
     engine.end()
-    until(lambda: daemon.counter("writing") == 0, "the slots", 5.0)
+    until(lambda: daemon.counter("writing") == 0, "the slots")
     refs = prepare(client, keys_of("chain", 20)).refs
     assert 0 not in unpack_refs(refs)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import Daemon, keys_of, namespace_of, store, until, wait_connected
+from helpers import PATIENT_MS, Daemon, keys_of, namespace_of, store, until, wait_connected
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.config import pool_dir
@@ -15,7 +15,7 @@ from vllm_kvpool.types import SlotRefs, num_refs
 
 @pytest.fixture
 def early(shm_dir: Path) -> Iterator[PoolClient]:
-    client = PoolClient(pool_dir("test", str(shm_dir)), namespace_of("a"))
+    client = PoolClient(pool_dir("test", str(shm_dir)), namespace_of("a"), timeout_ms=PATIENT_MS)
     yield client
     client.close()
 

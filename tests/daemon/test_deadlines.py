@@ -18,8 +18,8 @@ def test_deadline_is_on_the_clients_clock(
         return time.monotonic_ns() // 1_000_000 + clock_error_ms
 
     raw.hello(now_ms=client_ms())
-    late = raw.call(type="stats", id=2, deadline_ms=client_ms() - 500)
-    in_time = raw.call(type="stats", id=3, deadline_ms=client_ms() + 5_000)
+    late = raw.call(type="stats", id=2, deadline_ms=client_ms() - 60_000)
+    in_time = raw.call(type="stats", id=3, deadline_ms=client_ms() + 60_000)
     without = raw.call(type="stats", id=4)
     assert (late["type"], late["code"], late["id"]) == ("error", "deadline", 2)
     assert in_time["type"] == without["type"] == "stats_reply"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,11 +50,8 @@ def test_folders_that_hold_no_pool_or_are_not_to_be_trusted(shm_dir: Path) -> No
 def test_silent_daemon(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SILENT_S", 1.0)
     daemon.pause()
-    time.sleep(2.5)
-    finding = findings(daemon.shm_dir)["pool 'test'"]
-    daemon.resume()
-    assert finding.status == "fail"
-    assert f"kill -CONT {daemon.pid}" in finding.fix
+    until(lambda: findings(daemon.shm_dir)["pool 'test'"].status == "fail", "the silence")
+    assert f"kill -CONT {daemon.pid}" in findings(daemon.shm_dir)["pool 'test'"].fix
 
 
 def test_lock_files_of_the_dead(daemon: Daemon, make_engine: Callable[..., EngineProcess]) -> None:

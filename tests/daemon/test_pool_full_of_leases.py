@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from helpers import Daemon, keys_of, prepare, store
+from helpers import PATIENT_MS, Daemon, keys_of, prepare, store
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.types import num_refs, unpack_refs
@@ -24,7 +24,7 @@ def test_no_room_then_room_again(daemon: Daemon, make_client: Callable[..., Pool
 
     start = time.monotonic()
     grant = prepare(writer, keys_of("other", 10))
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < PATIENT_MS / 2_000
     assert set(unpack_refs(grant.refs)) == {0}
     assert daemon.counter("no_room") > 0
     assert num_refs(reader.match_prefix(keys)) == capacity

@@ -87,7 +87,7 @@ def test_systemd_is_told(
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(shm_dir / "notify"))
-        manager.settimeout(10)
+        manager.settimeout(30)
         monkeypatch.setenv("NOTIFY_SOCKET", str(shm_dir / "notify"))  # type: ignore[attr-defined]
         daemon = make_daemon()
         assert manager.recv(100) == b"READY=1"
