@@ -31,7 +31,15 @@ def replace_pool(daemon: Daemon) -> None:
 
 def wait_for_pool(client: PoolClient, daemon: Daemon) -> None:
     pool_id = daemon.stats()["pool"]["pool_id"]
-    until(lambda: (use(client), client.connected and client.view.pool_id == pool_id)[1])
+
+    def moved() -> bool:
+        client.poll()
+        if client.connected and client.view.pool_id == pool_id:
+            return True
+        client.prepare_store(keys_of("probe", 1))  # refused by a new daemon: a hello is due
+        return False
+
+    until(moved, "the new pool")
 
 
 def use(client: PoolClient) -> None:
@@ -44,7 +52,6 @@ def test_client_moves_to_the_new_pool(daemon: Daemon, client: PoolClient) -> Non
     keys = keys_of("chain", 4)
     store(client, keys)
     replace_pool(daemon)
-    use(client)
     wait_for_pool(client, daemon)
     assert client.match_prefix(keys) == b""
     store(client, keys)
@@ -97,7 +104,6 @@ def test_deleted_pool_file(
     assert daemon.stop() == 0
     daemon.start()
     assert "0 blocks kept" in daemon.ready_line
-    use(client)
     wait_for_pool(client, daemon)
 
 
