@@ -20,7 +20,7 @@ from typing import Any, Self
 from vllm_kvpool.config import pool_dir
 from vllm_kvpool.paths import PoolPaths
 
-READY_TIMEOUT_S = 20.0
+READY_TIMEOUT_S = 60.0
 ENGINE_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
 CONNECTOR = ("KVPoolConnector", "vllm_kvpool.connector")

@@ -13,7 +13,7 @@ import pytest
 from helpers import Daemon, EngineProcess, until
 
 ENGINES = 8
-TOGETHER_S = 60
+TOGETHER_S = 20
 KILLS_S = 20
 
 
