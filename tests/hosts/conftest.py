@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import Daemon, connect, until
@@ -15,6 +17,14 @@ from benchmarks.processes import free_port
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.protocol import Pulled
 from vllm_kvpool.types import BlockKeys
+
+PULL_MS = 20_000
+"""For pulls that end before: a machine may pause."""
+
+
+def patient(daemon: Daemon) -> Daemon:
+    """A lookup or an answer of Redis that takes long is no reason for it to do without."""
+    return daemon.tuned(pulls__LOOK_UP_MS=10_000, redis_url__TIMEOUT_S=10.0)
 
 
 class Host:
@@ -31,7 +41,7 @@ class Host:
             self._client = connect(self.daemon.paths)
         return self._client
 
-    def start_pull(self, keys: BlockKeys, within_ms: int = 5_000) -> int:
+    def start_pull(self, keys: BlockKeys, within_ms: int = PULL_MS) -> int:
         pull_id = self.client.pull(keys, b"", within_ms)
         assert pull_id is not None, dict(self.client.skipped)
         return pull_id
@@ -48,7 +58,7 @@ class Host:
         until(all_there, "the end of pulls")
         return answers
 
-    def pull(self, keys: BlockKeys, within_ms: int = 5_000) -> Pulled:
+    def pull(self, keys: BlockKeys, within_ms: int = PULL_MS) -> Pulled:
         return self.wait_pulls(self.start_pull(keys, within_ms))[0]
 
     def counter(self, name: str) -> int:
@@ -75,25 +85,35 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
 
 @pytest.fixture
 def make_host(shm_dir: Path, redis_server: RedisServer) -> Iterator[Callable[..., Host]]:
-    hosts: list[Host] = []
+    with contextlib.ExitStack() as hosts:
 
-    def make(
-        *options: str,
-        size: str = "64MiB",
-        port: int = 0,
-        url: str = "",
-        daemon: Callable[..., Daemon] = Daemon,
-    ) -> Host:
-        folder = shm_dir / f"host{len(hosts)}"
-        folder.mkdir()
-        port = port or free_port()
-        common = ["--listen", f"tcp://127.0.0.1:{port}", "--directory", url or redis_server.url]
-        hosts.append(Host(daemon(folder, *common, *options, size=size).start(), port))
-        return hosts[-1]
+        def make(
+            *options: str,
+            size: str = "64MiB",
+            port: int = 0,
+            server: RedisServer = redis_server,
+            url: str = "",
+            daemon: Callable[..., Daemon] = Daemon,
+            tune: Callable[[Daemon], Daemon] = patient,
+        ) -> Host:
+            """`url`: where `server` is not reached, or not by its own URL. Of one that runs, the host is a
+            member by now."""
+            folder = Path(tempfile.mkdtemp(prefix="host", dir=shm_dir))
+            port = port or free_port()
+            common = ["--listen", f"tcp://127.0.0.1:{port}", "--directory", url or server.url]
+            made = tune(daemon(folder, *common, *options, size=size)).start()
+            hosts.callback((host := Host(made, port)).close)
+            if server.process is not None and not url:
+                wait_member(host, server)
+            return host
 
-    yield make
-    for host in hosts:
-        host.close()
+        yield make
+
+
+def wait_member(host: Host, server: RedisServer) -> None:
+    """Until it has found the directory."""
+    record = b"kvpool:1:test:{hosts}:" + bytes.fromhex(host.daemon.stats()["pool"]["pool_id"])
+    until(lambda: server.client.exists(record), "the host in the directory")
 
 
 def wait_listed(host: Host, blocks: int) -> None:
@@ -101,34 +121,32 @@ def wait_listed(host: Host, blocks: int) -> None:
     until(lambda: host.counter("directory_writes") >= blocks, "the directory")
 
 
-def settle() -> None:
-    """Longer than lookups are cached."""
-    time.sleep(1.1)
-
-
 @pytest.fixture
 def make(shm_dir: Path) -> Iterator[MakeHost]:
     """Daemons that know no directory."""
-    hosts: list[Host] = []
+    with contextlib.ExitStack() as hosts:
 
-    def make(*options: str, size: str = "64MiB", port: int = 0) -> Host:
-        folder = shm_dir / f"host{len(hosts)}"
-        folder.mkdir()
-        hosts.append(Host(Daemon(folder, *options, size=size).start(), port))
-        return hosts[-1]
+        def make(
+            *options: str,
+            size: str = "64MiB",
+            port: int = 0,
+            tune: Callable[[Daemon], Daemon] = patient,
+        ) -> Host:
+            folder = Path(tempfile.mkdtemp(prefix="host", dir=shm_dir))
+            made = tune(Daemon(folder, *options, size=size)).start()
+            hosts.callback((host := Host(made, port)).close)
+            return host
 
-    yield make
-    for host in hosts:
-        host.close()
+        yield make
 
 
-def make_upstream(make: MakeHost, *options: str, size: str = "64MiB", port: int = 0) -> Host:
+def make_upstream(make: MakeHost, *options: str, port: int = 0, **named: Any) -> Host:
     port = port or free_port()
-    return make("--listen", f"tcp://127.0.0.1:{port}", *options, size=size, port=port)
+    return make("--listen", f"tcp://127.0.0.1:{port}", *options, port=port, **named)
 
 
-def make_front(make: MakeHost, port: int, *options: str, size: str = "64MiB") -> Host:
-    return make("--upstream", f"tcp://127.0.0.1:{port}", *options, size=size)
+def make_front(make: MakeHost, port: int, *options: str, **named: Any) -> Host:
+    return make("--upstream", f"tcp://127.0.0.1:{port}", *options, **named)
 
 
 @pytest.fixture

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-import socket
-
 from helpers import check_bytes, until
 from hosts.conftest import Host
 
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs
 
 COUNT = 200
-
-
-def quiet_port() -> int:
-    """Which nothing listens on yet. None of those that the kernel draws from for connections: who tries to
-    connect there long enough would meet himself."""
-    while True:
-        port = random.randrange(20_000, 30_000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def wait_pushed(front: Host, blocks: int) -> None:

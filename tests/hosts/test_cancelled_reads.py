@@ -10,6 +10,7 @@ from hosts.conftest import Host, wait_listed
 from hosts.fault_proxy import FaultProxy
 
 from benchmarks.processes import free_port
+from vllm_kvpool.protocol import MAX_PULL_MS
 from vllm_kvpool.types import num_refs
 
 MakeHost = Callable[..., Host]
@@ -28,7 +29,7 @@ def test_a_cancelled_pull_stops_the_sender(make_host: MakeHost) -> None:
         store(a.client, keys)
         wait_listed(a, COUNT)
         proxy.delay_s = 0.02
-        pull_id = b.start_pull(keys, within_ms=60_000)
+        pull_id = b.start_pull(keys, within_ms=MAX_PULL_MS)
         until(lambda: proxy.passed > 2 << 20, "the middle of the pull")
         b.client.cancel_pull(pull_id)
         until(lambda: a.counter("reads_cancelled") > 0, "the end of the reads")
@@ -39,7 +40,7 @@ def test_a_cancelled_pull_stops_the_sender(make_host: MakeHost) -> None:
         until(lambda: leases_of(a) == 0, "the leases to go")
         until(lambda: b.counter("writing") == 0, "the slots to be free")
         assert b.counter("pull_cancelled") == 0, "nobody was there to be answered"
-        assert b.pull(keys, within_ms=20_000).blocks == COUNT
+        assert b.pull(keys, within_ms=MAX_PULL_MS).blocks == COUNT
         check_bytes(b.client, keys, b.client.match_prefix(keys))
         assert num_refs(b.client.match_prefix(keys)) == COUNT
 

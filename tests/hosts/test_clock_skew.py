@@ -74,7 +74,7 @@ def check_pull(source: Host, sink: Host, seed: str) -> None:
     listed = source.counter("directory_writes")
     store(source.client, keys)
     wait_listed(source, listed + 20)
-    until(lambda: sink.client.pulls and sink.pull(keys, 3_000).blocks == 20, f"pull of {seed}")
+    until(lambda: sink.pull(keys).blocks == 20, f"pull of {seed}")
     check_bytes(sink.client, keys, sink.client.match_prefix(keys))
 
 
@@ -109,7 +109,7 @@ def test_redis_an_hour_off(
     server = clock.redis(tmp_path)
     try:
         assert abs(server.client.time()[0] - time.time() - seconds) < 60
-        a, b = make_host(url=server.url), make_host(url=server.url)
+        a, b = make_host(server=server), make_host(server=server)
         check_pull(a, b, "there")
         check_entries(server)
     finally:
@@ -143,13 +143,13 @@ def test_the_clock_of_redis_jumps(make_host: MakeHost, clock: WallClock, tmp_pat
     """Forth: everything in it expires, and is told again. Back: nothing does for an hour."""
     server = clock.redis(tmp_path)
     try:
-        a, b = make_host(url=server.url), make_host(url=server.url)
+        a, b = make_host(server=server), make_host(server=server)
         store(a.client, keys_of("old", 20))
         wait_listed(a, 20)
         for seconds in (HOUR_S, -HOUR_S):
             clock.set(seconds)
             check_pull(a, b, f"new {seconds}")
-        until(lambda: b.pull(keys_of("old", 20), 3_000).blocks == 20, "what was there before")
+        until(lambda: b.pull(keys_of("old", 20)).blocks == 20, "what was there before")
     finally:
         server.kill()
 

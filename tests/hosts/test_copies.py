@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from helpers import check_bytes, keys_of, store, until
-from hosts.conftest import Host, wait_listed
+from helpers import Daemon, check_bytes, keys_of, store, until
+from hosts.conftest import Host, patient, wait_listed
 
 from vllm_kvpool.types import BlockKeys, num_refs
 
 MakeHost = Callable[..., Host]
 COUNT = 60
+
+
+def forgetful(daemon: Daemon) -> Daemon:
+    """Who is dead is not known to have been there for 6 seconds: 25 with the package's own limits."""
+    return patient(daemon).tuned(directory__HOST_TTL_S=4, sources__ABSENT_MS=2_000)
 
 
 def here(host: Host, keys: BlockKeys) -> int:
@@ -63,10 +68,10 @@ def test_a_prefix_in_demand_is_no_copy_any_more(make_host: MakeHost) -> None:
 
 
 def test_after_the_source_has_died_they_are_ordinary_blocks(make_host: MakeHost) -> None:
-    a, b = make_host(), make_host(size="16MiB")
+    a, b = make_host(tune=forgetful), make_host(size="16MiB", tune=forgetful)
     own, copies = pull_and_use(a, b)
     a.daemon.kill()
-    until(lambda: b.counter("copies") == 0, "the source to be forgotten", timeout_s=60)
+    until(lambda: b.counter("copies") == 0, "the source to be forgotten")
     fill(b, COUNT // 2)
     assert here(b, copies) == COUNT
     assert here(b, own) < COUNT

@@ -114,7 +114,7 @@ def test_hosts_share_through_it(
     a, b = (make_host(url=server.url_with(server.certificate.file)) for _ in range(2))
     store(a.client, keys_of("chain", 20))
     wait_listed(a, 20)
-    assert b.pull(keys_of("chain", 20)).blocks == 20
+    until(lambda: b.pull(keys_of("chain", 20)).blocks == 20, "the directory")
     assert a.counter("directory_errors") == 0
 
 
@@ -157,7 +157,7 @@ def test_a_wrong_password(
 
 
 def test_no_tls_at_the_server(make_host: MakeHost, redis_server: RedisServer) -> None:
-    host = make_host(url=redis_server.url.replace("redis://", "rediss://"))
+    host = make_host(url=redis_server.url.replace("redis://", "rediss://"), tune=lambda d: d)
     assert refusal(host)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Daemon, check_bytes, keys_of, store, until, wait_connected
-from hosts.conftest import Host, wait_listed
+from hosts.conftest import Host, wait_listed, wait_member
 from hosts.network import Network
 from redis_server import RedisServer, redis_program
 
@@ -54,7 +54,9 @@ def make_hosts(network: Network, shm_dir: Path, tmp_path: Path) -> Iterator[Make
                 folder, "--listen", listen, "--directory", redis.url, *access, size="64MiB"
             )
             daemon.command = [*network.inside(i), *daemon.command]
+            daemon.tuned(pulls__LOOK_UP_MS=10_000)
             hosts.append(Host(daemon.start(), PORT))
+            wait_member(hosts[-1], redis)
         return hosts
 
     yield make

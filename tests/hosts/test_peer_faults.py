@@ -10,8 +10,8 @@ import msgpack
 import msgspec
 import pytest
 import zmq
-from helpers import check_bytes, keys_of, store, until
-from hosts.conftest import Host, settle, wait_listed
+from helpers import PATIENT_MS, check_bytes, keys_of, store, until
+from hosts.conftest import Host, wait_listed
 from hosts.fault_proxy import FaultProxy
 from redis_server import RedisServer
 
@@ -75,8 +75,8 @@ def test_partition(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
     _, b, proxy, keys = proxied
     proxy.dropping = True
     begun = time.monotonic()
-    pulled = b.pull(keys, within_ms=1_000)
-    assert time.monotonic() - begun < 5
+    pulled = b.pull(keys, within_ms=2_000)
+    assert time.monotonic() - begun < 20
     assert pulled.blocks == 0
     assert pulled.reason in {"deadline", "lost"}
     assert check_what_is_there(b, keys) == 0
@@ -89,7 +89,7 @@ def test_partition(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
 def test_partition_in_mid_pull(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
     a, b, proxy, keys = proxied
     proxy.stall_after = 5 << 20
-    pulled = b.pull(keys, within_ms=1_500)
+    pulled = b.pull(keys, within_ms=3_000)
     assert pulled.blocks < COUNT
     assert pulled.reason == "deadline"
     check_what_is_there(b, keys)
@@ -102,8 +102,8 @@ def test_leases_of_a_lost_reader_go(proxied: tuple[Host, Host, FaultProxy, Block
     """Blocks that were being sent can be evicted again once the connection is given up."""
     a, b, proxy, keys = proxied
     proxy.stall_after = 2 << 20
-    b.pull(keys, within_ms=500)
-    assert leases_of(a) > 0
+    b.start_pull(keys)
+    until(lambda: leases_of(a) > 0, "the leases")
     b.daemon.kill()
     proxy.close()
     until(lambda: leases_of(a) == 0, "the leases to go")
@@ -115,7 +115,6 @@ def test_delay(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
     proxy.delay_s = 0.1
     assert b.pull(keys, within_ms=TINY_MS).blocks < COUNT
     check_what_is_there(b, keys)
-    settle()
     pulls_again(b, keys)
 
 
@@ -140,7 +139,7 @@ def test_corrupted_bytes(proxied: tuple[Host, Host, FaultProxy, BlockKeys], plac
     connection breaks instead."""
     _, b, proxy, keys = proxied
     proxy.corrupt_after = proxy.passed + place
-    pulled = b.pull(keys, within_ms=3_000)
+    pulled = b.pull(keys, within_ms=6_000)
     assert proxy.corrupt_after is None, "nothing was corrupted"
     assert pulled.blocks < COUNT
     assert pulled.reason in {"checksum", "deadline", "lost", "malformed"}
@@ -160,7 +159,10 @@ def test_another_version_is_not_asked(make_host: MakeHost, redis_server: RedisSe
     other = msgspec.structs.replace(record, format=record.format + 1)
     a.daemon.pause()  # it would say the truth again
     redis.set(name, msgspec.msgpack.encode(other), ex=60)
-    until(lambda: b.pull(keys).reason and b.counter("peers_other_version_or_security"), "refusal")
+    until(
+        lambda: b.pull(keys, 2_000).reason and b.counter("peers_other_version_or_security"),
+        "refusal",
+    )
     assert num_refs(b.client.match_prefix(keys)) == 0
 
 
@@ -170,7 +172,7 @@ def test_a_daemon_of_another_version_refuses(make_host: MakeHost) -> None:
         socket.linger = 0
         socket.connect(f"tcp://127.0.0.1:{a.port}")
         socket.send(msgpack.packb({"type": "hello", "id": 1, "version": 9, "now_ms": 0, "pid": 1}))
-        assert socket.poll(5_000)
+        assert socket.poll(PATIENT_MS)
         assert msgpack.unpackb(socket.recv())["code"] == "version"
 
 
@@ -183,5 +185,5 @@ def test_the_next_host_is_asked(make_host: MakeHost) -> None:
         wait_listed(host, 20)
     assert c.client.pulls
     a.daemon.pause()
-    assert c.pull(keys, within_ms=4_000).blocks == 20
+    assert c.pull(keys, within_ms=6_000).blocks == 20
     assert b.counter("sent_blocks") == 20

@@ -14,7 +14,7 @@ from helpers import (
     until,
     write_blocks,
 )
-from hosts.conftest import Host, settle, wait_listed
+from hosts.conftest import PULL_MS, Host, wait_listed
 
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs, unpack_refs
 
@@ -45,7 +45,7 @@ def test_every_byte_is_the_same(make_host: MakeHost) -> None:
     for i, ref in enumerate(unpack_refs(refs)):
         clients[0].view.payload(ref)[:] = bytes([i + 1]) * (slot_bytes - 3) + b"end"
     wait_listed(a, 3)
-    pull_id = clients[1].pull(keys, b"", 5_000)
+    pull_id = clients[1].pull(keys, b"", PULL_MS)
     until(lambda: (clients[1].poll(), clients[1].take_pulled())[1], "pull")
     assert pull_id is not None
     found = unpack_refs(clients[1].match_prefix(keys))
@@ -115,9 +115,7 @@ def test_pulled_blocks_are_passed_on(make_host: MakeHost) -> None:
     assert b.pull(keys).blocks == 30
     wait_listed(b, 30)
     a.daemon.kill()
-    settle()
-    pulled = [c.pull(keys).blocks for _ in range(2)]
-    assert pulled[-1] == 30  # the first one may have asked the dead host
+    assert c.pull(keys, within_ms=6_000).blocks == 30  # half of the time may go to the dead host
     check_bytes(c.client, keys, c.client.match_prefix(keys))
 
 
@@ -141,7 +139,7 @@ def test_a_prefix_that_is_being_stored_here_is_not_brought_twice(make_host: Make
     store(a.client, keys)
     wait_listed(a, 20)
     grant = prepare(b.client, BlockKeys(keys[: 5 * KEY_BYTES]))
-    pulled = b.pull(keys, within_ms=1_000)
+    pulled = b.pull(keys)
     assert pulled.blocks == 0  # the first blocks are not visible yet
     write_blocks(b.client, keys, grant.refs)
     b.client.complete_store(grant.request_id)
@@ -175,4 +173,4 @@ def test_cancelled(make_host: MakeHost) -> None:
     until(lambda: b.counter("pulls_cancelled") == 1, "the end of the pull")
     a.daemon.resume()
     assert b.pull(keys).blocks in {0, 20}  # it may still be suspected
-    assert b.counter("writing") == 0
+    until(lambda: b.counter("writing") == 0, "the slots to be free")

@@ -6,8 +6,9 @@ import msgpack
 import zmq
 from helpers import connect, keys_of, namespace_of, prepare, run_cli, store, until
 from hosts.conftest import Host, MakeHost, make_front, make_upstream
-from hosts.fronts import COUNT, check_has, quiet_port, wait_pushed, wait_there
+from hosts.fronts import COUNT, check_has, wait_pushed, wait_there
 
+from benchmarks.processes import free_port
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs, unpack_refs
 
 
@@ -130,21 +131,24 @@ def test_upstream_full(make: MakeHost) -> None:
     check_has(upstream, keys_of("second", 20))
 
 
+def welcome_all(door: zmq.Socket[bytes]) -> None:
+    """As a version that knows no writes does."""
+    while door.poll(10):
+        connection, payload = door.recv_multipart()
+        assert msgpack.unpackb(payload)["type"] == "hello"
+        welcome = {"type": "welcome", "id": 0, "version": 1, "pool_id": "0" * 32, "epoch": 0}
+        door.send_multipart([connection, msgpack.packb(welcome)])
+
+
 def test_upstream_that_takes_no_writes(make: MakeHost) -> None:
     """An older version: its welcome does not say that it knows the message."""
-    port = quiet_port()
+    port = free_port()
     front = make_front(make, port)
     with zmq.Context() as context, context.socket(zmq.ROUTER) as door:
         door.linger = 0
         door.bind(f"tcp://127.0.0.1:{port}")
         store(front.client, keys_of("chain", 20))
-        while front.counter("push_version") < 20:
-            assert door.poll(10_000)
-            connection, payload = door.recv_multipart()
-            hello = msgpack.unpackb(payload)
-            assert hello["type"] == "hello"
-            welcome = {"type": "welcome", "id": 0, "version": 1, "pool_id": "0" * 32, "epoch": 0}
-            door.send_multipart([connection, msgpack.packb(welcome)])
+        until(lambda: (welcome_all(door), front.counter("push_version") == 20)[1], "the refusal")
     check_has(front, keys_of("chain", 20))
 
 
@@ -162,7 +166,7 @@ def test_a_namespace_that_does_not_fit(make: MakeHost, upstream: Host) -> None:
 
 def test_what_waited_goes_after_a_restart(make: MakeHost) -> None:
     """Also in chains that do not grow any more; nobody remembers what was pushed, so the upstream is asked."""
-    port = quiet_port()
+    port = free_port()
     front = make_front(make, port)
     chains = [keys_of(f"chain {i}", 15) for i in range(20)]
     for keys in chains:

@@ -47,7 +47,7 @@ def test_an_unknown_key_writes_nothing(make: MakeHost, folders: dict[str, Path],
     keys = keys_of("chain", 20)
     store(front.client, keys)
     assert front.pull(keys_of("other", 5), within_ms=1_000).blocks == 0
-    assert front.counter("push_waiting") == 20
+    until(lambda: front.counter("push_waiting") == 20, "the queue")
     counted = ("peer_requests", "written_blocks", "sent_blocks")
     assert [upstream.counter(name) for name in counted] == [0, 0, 0]
     check_has(front, keys)

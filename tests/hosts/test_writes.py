@@ -9,8 +9,8 @@ from typing import Any
 import msgpack
 import pytest
 import zmq
-from helpers import SLOT_BYTES, keys_of, namespace_of, until
-from hosts.conftest import Host
+from helpers import PATIENT_MS, SLOT_BYTES, keys_of, namespace_of, until
+from hosts.conftest import Host, MakeHost, make_upstream
 
 from vllm_kvpool._native import crc32c
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs
@@ -18,6 +18,14 @@ from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs
 SPACE = namespace_of("a")
 BLOCK = b"x" * SLOT_BYTES
 SUM = crc32c(BLOCK).to_bytes(4, "little")
+
+
+IDLE_S = 4.0
+
+
+@pytest.fixture
+def upstream(make: MakeHost) -> Host:
+    return make_upstream(make, tune=lambda daemon: daemon.tuned(inbox__IDLE_MS=int(IDLE_S * 1_000)))
 
 
 class Writer:
@@ -65,7 +73,7 @@ class Writer:
 def writer(upstream: Host) -> Iterator[Writer]:
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
-        dealer.rcvtimeo = 20_000
+        dealer.rcvtimeo = PATIENT_MS
         dealer.connect(f"tcp://127.0.0.1:{upstream.port}")
         yield Writer(dealer)
 
@@ -95,7 +103,7 @@ def test_a_write_that_waits_behind_another_does_not_end(upstream: Host, writer: 
     writer.begin(3, behind)
     for place in range(8):
         writer.send_block(2, place, last=place == 7)
-        time.sleep(1.6)
+        time.sleep(1.25 * IDLE_S / 8)
     assert writer.receive(2) == {"type": "written", "id": 2, "blocks": 8}
     writer.send_block(3, 0, last=True)
     assert writer.receive(3) == {"type": "written", "id": 3, "blocks": 1}
