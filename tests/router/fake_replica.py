@@ -18,6 +18,8 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, Self
 
+from benchmarks.processes import free_port
+
 USAGE = {"prompt_tokens": 40, "prompt_tokens_details": {"cached_tokens": 32}}
 
 
@@ -99,7 +101,7 @@ class FakeReplica:
         self, port: int = 0, *, host: str = "127.0.0.1", behave: Behaviour | None = None
     ) -> None:
         self.host = host
-        self.port = port
+        self.port = port or free_port()
         self.behave = behave or answer()
         self.requests: list[Received] = []
         self.gone = 0
@@ -140,7 +142,19 @@ class FakeReplica:
 
     async def _open(self) -> None:
         self._server = await asyncio.start_server(self._serve, self.host, self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
+
+    def hold(self) -> Callable[[], object]:
+        """From now on its answers are streams that stop after their first event, until what this returns is called."""
+        more = asyncio.Event()
+
+        async def behave(request: Received, writer: asyncio.StreamWriter) -> None:
+            writer.write(head(200, "content-type: text/event-stream", "transfer-encoding: chunked"))
+            writer.write(chunk(event({"number": 0})))
+            await more.wait()
+            writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+        self.behave = behave
+        return lambda: self._loop.call_soon_threadsafe(more.set)
 
     def die(self) -> None:
         """As a killed process does: no socket is left."""
@@ -149,7 +163,8 @@ class FakeReplica:
     async def _die(self) -> None:
         for listening in self._server.sockets:
             self._loop.remove_reader(listening.fileno())
-        await asyncio.sleep(0.02)  # asyncio forgets to close what it accepted before a close()
+        for _ in range(20):  # asyncio forgets to close what it accepted before a close()
+            await asyncio.sleep(0)
         self._server.close()
         tasks = list(self._tasks)
         for task in tasks:
@@ -157,7 +172,7 @@ class FakeReplica:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _do(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not self._server.is_serving():  # it was accepted, and then we died

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from helpers import until
 from router.conftest import CHAT, RouterUnderTest, chat_body, receive, receive_until
-from router.fake_replica import FakeReplica, Received, answer, head, silent, stream
+from router.fake_replica import FakeReplica, Received, answer, head, silent
 
 MakeRouter = Callable[..., RouterUnderTest]
 BODY = json.dumps(chat_body()).encode()
@@ -251,9 +251,9 @@ def test_odd_bodies_are_the_engines_to_judge(
 def test_slow_clients_are_left(make_router: MakeRouter, replica: FakeReplica) -> None:
     """A head that trickles, a body that stops, a connection without a request."""
     router = make_router(replica, options=("--client-timeout-s", "1"))
+    began = time.monotonic()
     with router.connect() as trickle, router.connect() as stopped, router.connect() as idle:
         stopped.sendall(request(LENGTH, body=BODY[:10]))
-        give_up = 0
         trickle.settimeout(0.3)
         received = b""
         for byte in request(f"long: {'x' * 100}"):
@@ -262,9 +262,9 @@ def test_slow_clients_are_left(make_router: MakeRouter, replica: FakeReplica) ->
                 received = trickle.recv(1_000)
                 break
             except TimeoutError:
-                give_up += 1
-        assert 2 <= give_up <= 30
+                pass
         assert status_of(received) == 408
+        assert time.monotonic() - began > 1
         assert status_of(receive(stopped)) == 408
         assert receive(idle) == b""
     assert not replica.requests
@@ -312,12 +312,13 @@ def test_garbage(healthy: RouterUnderTest, replica: FakeReplica) -> None:
 def test_requests_in_flight_survive_the_bad_ones(
     router: RouterUnderTest, replica: FakeReplica
 ) -> None:
-    replica.behave = stream(100, 0.02)
+    go_on = replica.hold()
     with ThreadPoolExecutor(5) as pool:
         good = [pool.submit(router.chat, stream=True) for _ in range(5)]
         until(lambda: replica.in_flight == 5)
         for _ in range(50):
             send(router, b"\x00\r\n\r\n")
+        go_on()
         assert all(answer.result().body.endswith(b"[DONE]\n\n") for answer in good)
 
 

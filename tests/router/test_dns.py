@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers import until
 from router.conftest import RouterUnderTest
-from router.fake_replica import FakeReplica, stream
+from router.fake_replica import FakeReplica
 
 MakeRouter = Callable[..., RouterUnderTest]
 MakeReplica = Callable[..., FakeReplica]
@@ -89,7 +89,7 @@ def test_an_answer_outlives_its_address(
 ) -> None:
     """And leaves nothing behind: no series of a replica that has gone."""
     one, other = two
-    one.behave = stream(100, 0.01)
+    go_on = one.hold()
     names.set(one.host)
     router = make_router(f"dns://{NAME}:{one.port}", prefix=names.prefix)
     with ThreadPoolExecutor(1) as pool:
@@ -98,6 +98,7 @@ def test_an_answer_outlives_its_address(
         names.set(other.host)
         until(lambda: set(router.replicas()) == {other.id})
         assert one.in_flight, "it is still under way"
+        go_on()
         assert answer.result().body.endswith(b"[DONE]\n\n")
     router.wait_state(other.id, "accepting")
     assert router.used(5) == {other.id}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,18 +46,24 @@ def test_the_file_is_read_again(
     assert router.used() == {replicas[1].id, "named"}
 
 
-@pytest.mark.parametrize(
-    "text", ["replicas = [", "replicas = 5", 'other = ["x"]', "", 'replicas = ["ftp://x"]']
-)
+def told(router: RouterUnderTest) -> int:
+    """How often the file was found to be broken."""
+    return router.log.read_text().count("the fleet stays as it is")
+
+
 def test_a_broken_file_changes_nothing(
-    make_router: MakeRouter, replica: FakeReplica, tmp_path: Path, text: str
+    make_router: MakeRouter, replica: FakeReplica, tmp_path: Path
 ) -> None:
     path = tmp_path / "fleet.toml"
     write(path, replica.url)
     router = make_router(options=("--fleet", str(path)))
-    path.write_text(text)
-    until(lambda: "the fleet stays as it is" in router.log.read_text())
-    assert set(router.replicas()) == {replica.id}
+    texts = ("replicas = [", "replicas = 5", 'other = ["x"]', "", 'replicas = ["ftp://x"]')
+    for number, text in enumerate(texts, 1):
+        fresh = path.with_suffix(".new")
+        fresh.write_text(text)
+        os.replace(fresh, path)
+        until(lambda number=number: told(router) == number, text)
+        assert set(router.replicas()) == {replica.id}
     path.unlink()
     assert router.chat().status == 200
     refused = run_cli("route", "--fleet", str(path))
@@ -67,23 +74,19 @@ def test_a_broken_file_changes_nothing(
 def test_requests_in_flight_outlive_their_replicas_removal(
     make_router: MakeRouter, replicas: list[FakeReplica]
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from router.fake_replica import stream
-
-    for replica in replicas:
-        replica.behave = stream(50, 0.02)
+    go_on = {replica.id: replica.hold() for replica in replicas}
     router = make_router(*replicas)
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(router.chat, stream=True)
+        got = pool.submit(router.chat, stream=True)
         until(lambda: any(replica.in_flight for replica in replicas))
         busy = next(replica for replica in replicas if replica.in_flight)
         router.fleet.remove(busy.id)
-        assert answer.result().body.endswith(b"[DONE]\n\n")
-    assert busy.id not in router.replicas()
+        assert busy.id not in router.replicas()
+        go_on[busy.id]()
+        assert got.result().body.endswith(b"[DONE]\n\n")
     router.wait_idle()
     for replica in replicas:
-        replica.behave = stream(1)
+        replica.behave = answer()
     assert busy.id not in router.used()
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
@@ -26,6 +26,14 @@ MakeRouter = Callable[..., RouterUnderTest]
 def decisions(router: RouterUnderTest, count: int = 60) -> list[str]:
     bodies = ({"messages": [{"role": "user", "content": f"session {n}"}]} for n in range(count))
     return [router.ask("/route", body).json["replica"] for body in bodies]
+
+
+def refused(router: RouterUnderTest) -> bool:
+    try:
+        router.connect().close()
+    except ConnectionRefusedError:
+        return True
+    return False
 
 
 def test_two_routers_decide_the_same(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
@@ -73,17 +81,15 @@ def test_the_port_is_kept_while_no_worker_listens(
     make_router: MakeRouter, replica: FakeReplica
 ) -> None:
     router = make_router(replica)
-    for pid in router.workers():
-        os.kill(pid, signal.SIGKILL)
 
-    def refused() -> bool:
-        try:
-            router.connect().close()
-        except ConnectionRefusedError:
-            return True
-        return False
+    def killed_and_refused() -> bool:
+        """Those that took the place of others, too."""
+        for pid in router.workers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return refused(router)
 
-    until(refused)
+    until(killed_and_refused)
     with pytest.raises(OSError, match="in use"):
         socket.create_server(("127.0.0.1", router.port))
 
@@ -186,12 +192,14 @@ def test_workers_end_with_their_parent(make_router: MakeRouter, replica: FakeRep
 def test_an_orderly_end_finishes_what_is_under_way(
     make_router: MakeRouter, replica: FakeReplica
 ) -> None:
-    replica.behave = stream(100, 0.01)
+    go_on = replica.hold()
     router = make_router(replica, options=("--drain-s", "30"))
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(router.chat, stream=True) for _ in range(4)]
         until(lambda: replica.in_flight == 4)
         os.kill(router.pid, signal.SIGTERM)
+        until(lambda: refused(router), "the end to begin")
+        go_on()
         assert all(answer.result().body.endswith(b"[DONE]\n\n") for answer in answers)
     assert router.wait() == 0
 
@@ -204,9 +212,7 @@ def test_an_end_does_not_wait_for_ever(make_router: MakeRouter, replica: FakeRep
             b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
         )
         until(lambda: replica.in_flight == 1)
-        began = time.monotonic()
-        assert router.stop() == 0
-        assert time.monotonic() - began < 15
+        assert router.stop() == 0, "it had to be killed"
     until(lambda: replica.gone == 1)
 
 
@@ -221,17 +227,19 @@ def test_a_port_that_is_taken_is_an_error(router: RouterUnderTest, replica: Fake
 
 
 def test_bad_configuration_is_refused(replica: FakeReplica) -> None:
-    for arguments, text in (
-        ((), "name the replicas"),
-        (("x",), "http://host:port"),
-        (("http://engine..svc:8000",), "1 to 63 characters"),
-        ((replica.url, replica.url), "another replica"),
-        ((replica.url, "--policy", "best"), "choose one of"),
-        ((replica.url, "--listen", "8080"), "127.0.0.1:8080"),
-        ((replica.url, "--max-body", "5%"), "32MiB"),
-        ((replica.url, "--workers", "0"), "1 or more"),
-    ):
-        done = run_cli("route", *arguments)
+    refusals = {
+        (): "name the replicas",
+        ("x",): "http://host:port",
+        ("http://engine..svc:8000",): "1 to 63 characters",
+        (replica.url, replica.url): "another replica",
+        (replica.url, "--policy", "best"): "choose one of",
+        (replica.url, "--listen", "8080"): "127.0.0.1:8080",
+        (replica.url, "--max-body", "5%"): "32MiB",
+        (replica.url, "--workers", "0"): "1 or more",
+    }
+    with ThreadPoolExecutor(2) as pool:
+        ends = pool.map(lambda arguments: run_cli("route", *arguments), refusals)
+    for done, text in zip(ends, refusals.values(), strict=True):
         assert done.returncode == 2, done.stderr
         assert text in done.stderr
         assert "Traceback" not in done.stderr
