@@ -13,10 +13,13 @@ import logging
 import zmq
 import zmq.asyncio
 
-from vllm_kvpool.router.event_index import EventIndex
+from vllm_kvpool.router.event_index import EventIndex, Trust
 from vllm_kvpool.router.event_wire import Batch, decode
 
 REPLAY_TIMEOUT_S = 5.0
+QUIET_MS = 1_000
+"""Without a batch for so long the engine is asked, once, for what came after the last one: PUB loses batches while a
+subscription is on its way or a queue is full, and only the next batch would show it."""
 _END = -1
 _logger = logging.getLogger(__name__)
 
@@ -64,9 +67,15 @@ class Subscriber:
             socket.connect(endpoint)
             # connecting is silent: ask at once for what was published before
             await self._replay(replica_id, replay_endpoint)
+            asked = False
             while True:
-                frames = await socket.recv_multipart()
-                if not self._hear(replica_id, frames):
+                if not (asked or await socket.poll(QUIET_MS)):
+                    complete = await self._catch_up(replica_id, replay_endpoint)
+                    asked = True
+                else:
+                    complete = self._hear(replica_id, await socket.recv_multipart())
+                    asked = False
+                if not complete:
                     await self._replay(replica_id, replay_endpoint)
 
     def _hear(self, replica_id: str, frames: list[bytes]) -> bool:
@@ -93,6 +102,20 @@ class Subscriber:
             self._index.not_replayed(replica_id)
         else:
             self._index.replayed(replica_id, batches)
+
+    async def _catch_up(self, replica_id: str, endpoint: str) -> bool:
+        """False: a replay is needed. An engine that does not answer is believed as before."""
+        if not endpoint or self._index.trust(replica_id) is Trust.NONE:
+            return True
+        first = self._index.next_sequence(replica_id)
+        try:
+            batches = await asyncio.wait_for(self._ask(endpoint, first), REPLAY_TIMEOUT_S)
+        except TimeoutError:
+            return True
+        except ValueError as error:
+            self._not_understood(replica_id, error)
+            return True
+        return all(self._index.received(replica_id, number, batch) for number, batch in batches)
 
     async def _ask(self, endpoint: str, first: int) -> list[tuple[int, Batch]]:
         batches: list[tuple[int, Batch]] = []
