@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 from pathlib import Path
 from typing import Self
 
@@ -19,6 +20,7 @@ class OwnedPool:
     """16,384 small slots and more."""
 
     def __init__(self, folder: Path) -> None:
+        self._draw = random.Random(1)
         self.owner = PoolOwner.create(str(folder / "pool"), 48 << 20, SLOT_BYTES)
         for slab in range(self.owner.num_slabs):
             self.owner.populate(slab)
@@ -35,7 +37,7 @@ class OwnedPool:
 
     def store(self, count: int) -> bytes:
         """The keys of a new chain of so many blocks."""
-        keys = os.urandom(count * KEY_BYTES)
+        keys = self._draw.randbytes(count * KEY_BYTES)
         refs = self.owner.prepare_store(self.client, keys, b"", 0)
         assert self.owner.complete_store(self.client, refs) == count
         return keys

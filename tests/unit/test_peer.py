@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 
 import zmq
+from helpers import WAIT_S
 
 from vllm_kvpool import protocol
 from vllm_kvpool.pool.directory import HostRecord
 from vllm_kvpool.pool.peer import Peer
 from vllm_kvpool.protocol import POOL_ID_BYTES, PROTOCOL_VERSION, ReadBlocks, Welcome
 
-WAIT_S = 10.0
 WELCOME = Welcome(id=0, version=PROTOCOL_VERSION, pool_id="", epoch=1)
 
 

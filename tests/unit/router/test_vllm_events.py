@@ -6,9 +6,11 @@ import asyncio
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 
 import pytest
+from helpers import WAIT_S
 
 from benchmarks.processes import free_port
 from vllm_kvpool.router.event_index import EventIndex, Trust
@@ -46,12 +48,10 @@ PUBLISHER = textwrap.dedent(
 
 
 async def until(what: Callable[[], object], value: object) -> None:
-    for _ in range(250):
-        seen = what()
-        if seen == value:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"{seen!r}, not {value!r}")
+    give_up = time.monotonic() + WAIT_S
+    while (seen := what()) != value:
+        assert time.monotonic() < give_up, f"{seen!r}, not {value!r}"
+        await asyncio.sleep(0.01)
 
 
 def test_what_vllm_publishes_is_understood() -> None:
@@ -69,7 +69,7 @@ def test_what_vllm_publishes_is_understood() -> None:
         finally:
             assert child.stdin is not None
             child.stdin.close()
-            assert child.wait(20) == 0
+            assert child.wait(WAIT_S) == 0
 
 
 async def _follow(child: subprocess.Popen[str], endpoint: str, replay: str) -> None:
