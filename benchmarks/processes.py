@@ -21,8 +21,8 @@ from vllm_kvpool.config import pool_dir
 from vllm_kvpool.paths import PoolPaths
 
 READY_TIMEOUT_S = 60.0
-ENGINE_TIMEOUT_S = 300.0
-STOP_TIMEOUT_S = 20.0
+ENGINE_TIMEOUT_S = 600.0
+STOP_TIMEOUT_S = 30.0
 CONNECTOR = ("KVPoolConnector", "vllm_kvpool.connector")
 FIRST_PORT, PORTS = 11_000, 11_000
 _ports = itertools.count(os.getpid() * 97, step=17)  # another process begins elsewhere

@@ -44,6 +44,8 @@ LATENT_SIZE = 24
 """With MLA: of the one vector that a token has in each rank."""
 LAYERS = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
 VOCABULARY = 256
+PATIENT_MS, ENGINE_MS = 30_000, 1_000
+"""For an answer of the daemon: of engines whose stores a test counts, and of engines in earnest."""
 
 
 def make_config(
@@ -234,6 +236,13 @@ class MiniEngine:
         link = self.connector._scheduler._link
         link.start()
         until(lambda: (link.poll(), link.usable)[1], "connection")
+        link.client._timeout_ms = (
+            PATIENT_MS  # where all stands still for a second, no store is lost
+        )
+
+    def lose_patience(self) -> None:
+        """For tests of daemons that do not answer."""
+        self.connector._scheduler._link.client._timeout_ms = ENGINE_MS
 
     def _kv_config(self) -> Any:
         spec = FullAttentionSpec(
@@ -305,7 +314,7 @@ class MiniEngine:
         self.run()
         return self.outputs[request_id], self.cached_tokens[request_id]
 
-    def run(self, timeout_s: float = 20) -> None:
+    def run(self, timeout_s: float = 60) -> None:
         """Until there is nothing to do, and the daemon, if there is one, has made all blocks that
         were stored visible."""
         give_up = time.monotonic() + timeout_s

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
-from helpers import Daemon, until
+from helpers import WAIT_S, Daemon, until
 
 from vllm_kvpool import _native
 from vllm_kvpool._native import COPY_FAILED, CopyEngine
@@ -23,7 +23,7 @@ BLOCKS = 10
 
 def step_while_idle(engine: MiniEngine) -> None:
     """As vLLM's core does as long as there is anything to do, a request or not."""
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + WAIT_S
     while engine.scheduler.has_requests():
         assert time.monotonic() < give_up, "the engine never rests"
         engine.step()

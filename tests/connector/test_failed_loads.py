@@ -170,6 +170,7 @@ def test_trap_10_aborted_load_is_reported_all_the_same(
     loader: MiniEngine, stuck: StuckCopies, daemon: Daemon
 ) -> None:
     """Its blocks stay with vLLM until then, daemon or no daemon."""
+    loader.lose_patience()
     daemon.kill()
     request_id = loader.add(PROMPT)
     loader.step()
@@ -187,6 +188,7 @@ def test_trap_30_single_request_completes_when_its_load_fails(
     """Nothing but the engine's own steps wakes it: the daemon is dead."""
     request_id = loader.add(PROMPT)
     loader.step()
+    loader.lose_patience()
     daemon.kill()
     loader.run()
     assert loader.outputs[request_id] == expected_output(PROMPT)
@@ -196,6 +198,7 @@ def test_trap_30_daemon_killed_during_a_load_changes_nothing(
     loader: MiniEngine, daemon: Daemon
 ) -> None:
     request_id = loader.add(PROMPT)
+    loader.lose_patience()
     daemon.kill()
     loader.run()
     assert loader.outputs[request_id] == expected_output(PROMPT)
@@ -207,6 +210,7 @@ def test_same_bad_block_does_not_keep_a_request_busy_for_ever(
 ) -> None:
     """Without a daemon the block cannot be dropped: it is the engine that does not use it again."""
     flip_byte(loader, 4)
+    loader.lose_patience()
     daemon.kill()
     for cached in (BLOCKS, 4):
         output, tokens = loader.generate(PROMPT)

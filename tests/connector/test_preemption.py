@@ -90,7 +90,7 @@ def test_trap_8_many_loads_and_room_for_four(
     until(lambda: daemon.counter("ready") == 64 * 8)
     engine = make_engine(asynchronous=asynchronous, num_blocks=41, max_num_seqs=64)
     ids = [engine.add(prompt, 2 * BLOCK) for prompt in prompts]
-    engine.run(timeout_s=60)
+    engine.run()
     for request_id, prompt in zip(ids, prompts, strict=True):
         assert engine.outputs[request_id] == expected_output(prompt, 2 * BLOCK)
     assert engine.free_blocks == 40

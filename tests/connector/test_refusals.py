@@ -217,6 +217,7 @@ def test_daemon_that_goes_and_comes_back_is_said_once_each(
     make_engine: MakeEngine, daemon: Daemon, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = make_engine()
+    engine.lose_patience()
     gone = "the daemon of pool 'test' is gone: storing nothing until it is back, loads go on"
     for seed in range(2):
         caplog.clear()

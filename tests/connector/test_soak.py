@@ -90,6 +90,7 @@ def test_soak(make_engine: MakeEngine, daemon: Daemon, seed: int) -> None:
     engines = [make_engine(**sizes), make_engine(asynchronous=True, **sizes)]
     for engine in engines:
         engine.generate(prompt_of(99, 2 * BLOCK), 1)
+        engine.lose_patience()
     draw = random.Random(seed)
     breaker = Breaker(draw, engines, daemon)
     for _ in range(STEPS):
@@ -102,7 +103,7 @@ def test_soak(make_engine: MakeEngine, daemon: Daemon, seed: int) -> None:
     if breaker.paused:
         breaker.pause()
     for engine in engines:
-        engine.run(timeout_s=60)
+        engine.run()
         engine.connector._scheduler._link.client.view.check_integrity()
     breaker.check_finished()
     assert not breaker.alive

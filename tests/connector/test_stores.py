@@ -123,6 +123,7 @@ def test_prompts_that_fill_a_third_of_the_cache_and_end_at_once_are_stored_whole
 
 def test_no_daemon_means_no_pins(engine: MiniEngine, daemon: Daemon) -> None:
     engine.generate(prompt_of(8, 2 * BLOCK))
+    engine.lose_patience()
     daemon.kill()
     prompt = prompt_of(9, 8 * BLOCK)
     assert engine.generate(prompt)[0] == expected_output(prompt)
@@ -135,9 +136,10 @@ def test_stopped_daemon_delays_the_idle_engine_by_its_timeout_only(
 ) -> None:
     """While stores are in flight the engine keeps stepping; a daemon that never answers ends that."""
     engine.generate(prompt_of(10, 2 * BLOCK))
+    engine.lose_patience()
     daemon.pause()
     engine.add(prompt_of(11, 8 * BLOCK))
-    engine.run(timeout_s=10)
+    engine.run()
     assert engine.free_blocks == 255
     assert engine.stats["store_skipped_blocks:timeout"] == 8
     daemon.resume()
@@ -149,6 +151,7 @@ def test_running_requests_store_all_of_their_chain_once_the_daemon_is_back(
     engine = make_engine()
     engine.generate(prompt_of(12, 2 * BLOCK), 1)
     wait_ready(daemon, 2)
+    engine.lose_patience()
     daemon.kill()
     request_id = engine.add(prompt_of(13, 8 * BLOCK), max_tokens=900)
     link = engine.connector._scheduler._link

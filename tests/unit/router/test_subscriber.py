@@ -201,7 +201,9 @@ def test_garbage_is_believed_less_and_stops_nobody(caplog: pytest.LogCaptureFixt
             pub.bind(f"tcp://127.0.0.1:{port}")
             subscriber.follow("a", f"tcp://127.0.0.1:{port}")
             give_up = time.monotonic() + WAIT_S
-            while len(caplog.records) < 3:  # PUB sends nothing before it has heard of the subscription
+            while (
+                len(caplog.records) < 3
+            ):  # PUB sends nothing before it has heard of the subscription
                 assert time.monotonic() < give_up
                 for frames in ([b"alone"], [b"", b"short", b""], [b"", bytes(8), b"no batch"]):
                     await pub.send_multipart(frames)
