@@ -70,6 +70,8 @@ TIMES = (
 )  # fmt: skip
 QUIET_S = 30.0
 """For all that is under way to end; idle connections to replicas are kept for 3 s."""
+TICK_S, STANDSTILL_S = 0.1, 0.5
+"""A tick that takes so long is one in which the machine stood still, for a good part of the router's times."""
 AFTERWARDS = 200
 """Ordinary requests when all is over. They also fill the budgets of retries again."""
 SAMPLES = 30
@@ -87,6 +89,8 @@ class Report:
     """See `Clients`."""
     afterwards: Counter[str] = field(default_factory=Counter)
     """The same of the last requests."""
+    standstills: int = 0
+    """Of the whole machine: of them no router can make anything."""
     seconds: float = 0.0
     memory_kib: list[dict[str, int]] = field(default_factory=list)
     """Of the parent and of the oldest worker, at equal steps of the way."""
@@ -130,21 +134,21 @@ class Report:
         return found + self._unexplained()
 
     def _unexplained(self) -> list[str]:
-        """Answers that no fault accounts for. Whatever hits a process hits at most all clients; while others are
-        out as well, a death or a refusal may leave nobody to go on to."""
-        count = self.counts
+        """Answers that no fault accounts for. Whatever hits a process, or all of them, hits at most all clients; while
+        others are out as well, a death or a refusal may leave nobody to go on to."""
+        count, stood_still = self.counts, CLIENTS * self.standstills
         allowed = {
             "200": sum(count[kind] for kind in ("ask", "stream")),
             "400": count["nonsense"],
-            "408": count["too slow"],
+            "408": count["too slow"] + stood_still,
             "429": count["status 429"],
             "500": count["status 500"],
             "502": CLIENTS * count["replica killed"],
-            "503": count["status 503"] + CLIENTS * count["replica killed"],
-            "504": count["stall"] + CLIENTS * count["replica frozen"],
+            "503": count["status 503"] + CLIENTS * count["replica killed"] + stood_still,
+            "504": count["stall"] + CLIENTS * count["replica frozen"] + stood_still,
             "cut": count["close in a stream"]
             + CLIENTS * (count["replica killed"] + count["worker killed"]),
-            "lost": CLIENTS * count["worker killed"],
+            "lost": CLIENTS * count["worker killed"] + stood_still,
         }
         return [
             f"{number} x {outcome}"
@@ -186,6 +190,19 @@ class Hour:
         self._happened = 0
 
     async def run(self) -> Report:
+        watch = asyncio.create_task(self._watch_the_machine())
+        try:
+            return await self._run()
+        finally:
+            watch.cancel()
+
+    async def _watch_the_machine(self) -> None:
+        while True:
+            begun = time.monotonic()
+            await asyncio.sleep(TICK_S)
+            self.report.standstills += time.monotonic() - begun > STANDSTILL_S
+
+    async def _run(self) -> Report:
         report, begun = self.report, time.monotonic()
         self._sample()
         async with asyncio.TaskGroup() as group:
@@ -241,13 +258,16 @@ class Hour:
             await asyncio.sleep(0.05)
 
     async def _afterwards(self) -> None:
-        """On a connection each, for all workers to have some."""
-        last = Clients(self._router.port, seed=-1)
-        client = Client(last, 0)
-        for _ in range(AFTERWARDS):
-            await client.visit("ask")
-            await client.close()
-        self.report.afterwards = last.outcomes
+        """On a connection each, for all workers to have some. Once more if the machine stood still meanwhile."""
+        give_up, before = time.monotonic() + QUIET_S, -1
+        while before != self.report.standstills and time.monotonic() < give_up:
+            before = self.report.standstills
+            last = Clients(self._router.port, seed=-1)
+            client = Client(last, 0)
+            for _ in range(AFTERWARDS):
+                await client.visit("ask")
+                await client.close()
+            self.report.afterwards = last.outcomes
 
     def _ask(self, path: str) -> str:
         with urllib.request.urlopen(f"http://{self._router.admin}{path}", timeout=30) as response:
@@ -281,6 +301,7 @@ def chaos(folder: Path, hours: float, policy: str, seed: int) -> Report:
 
 def text_of(report: Report) -> str:
     rows = [f"{kind:<24} {report.counts[kind]:>7,}" for kind in report.wanted]
+    how_long = f"in {report.seconds:.0f} s, {report.standstills} standstills"
     outcomes = ", ".join(f"{name}: {n:,}" for name, n in sorted(report.outcomes.items()))
     samples = report.memory_kib
     memory = [
@@ -290,7 +311,7 @@ def text_of(report: Report) -> str:
     tables = ", ".join(f"{name} {size:,.0f}" for name, size in report.tables.items())
     return "\n".join(
         [
-            *rows, f"in {report.seconds:.0f} s. Answers: {outcomes}", *memory, f"tables: {tables}",
+            *rows, f"{how_long}. Answers: {outcomes}", *memory, f"tables: {tables}",
             f"wrong: {'; '.join(report.wrong()) or 'nothing'}",
         ]
     )  # fmt: skip

@@ -67,7 +67,10 @@ class WorkerProcess:
 
     async def wait_ready(self) -> None:
         """KVPoolError: it did not get there."""
-        await asyncio.wait_for(asyncio.shield(self._ready), READY_S)
+        try:
+            await asyncio.wait_for(asyncio.shield(self._ready), READY_S)
+        except TimeoutError:
+            raise KVPoolError(f"a worker was not ready in {READY_S:g} s") from None
 
     async def collect(self) -> None:
         """Brings `samples` up to date; of one that does not answer they stay as they are."""
