@@ -13,10 +13,14 @@ from benchmarks.tiny_model import make_tiny_model
 try:
     with warnings.catch_warnings(action="ignore"):
         from connector.mini_engine import MiniEngine
+        from connector.real_engines import engines
 except ModuleNotFoundError as error:
     if error.name != "vllm":
         raise
     collect_ignore_glob = ["test_*.py"]
+
+
+__all__ = ["engines"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

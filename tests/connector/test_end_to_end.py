@@ -1,128 +1,29 @@
-"""Real vLLM engines over HTTP: two with the pool, one without it to compare with.
-
-A  checksums off    B  checksums on all blocks, and a KV cache of 8k tokens    S  speculates (n-gram)
-R  no connector
-"""
+"""Real vLLM engines over HTTP: three with the pool, one without it to compare with (`real_engines`)."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import re
-import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from connector.real_engines import BLOCK, LONG, POOL, Engines, metric, prompt_of, reset
 from helpers import until
 
 from benchmarks.completions import Completion, complete
-from benchmarks.processes import Engine, PoolDaemon
+from benchmarks.processes import Engine
 from vllm_kvpool._native import PoolView
-from vllm_kvpool.connector import compat
 from vllm_kvpool.keys import block_keys, key_mask
 from vllm_kvpool.pool.admin import fetch_stats
 from vllm_kvpool.types import unpack_refs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-POOL = f"e2e-{os.getpid()}"
-BLOCK = 128
-LONG = 20 * BLOCK + 17
-SMALL_CACHE_BLOCKS = 64
-OPTIONS = (
-    "--dtype=float32",  # greedy output must not hang on the last bit
-    f"--block-size={BLOCK}",
-    "--max-model-len=6144",
-    "--max-num-batched-tokens=1024",
-    "--enable-prefix-caching",
-)
-
-
-class Engines(NamedTuple):
-    a: Engine
-    b: Engine
-    speculating: Engine
-    reference: Engine
-    refused: Engine
-    daemon: PoolDaemon
-
-
-@pytest.fixture(scope="session")
-def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
-    """All started at once: each takes about a minute of a core."""
-    logs = tmp_path_factory.mktemp("engines")
-    pool = {"pool": POOL, "load_deadline_ms": 30_000}
-    small = (f"--num-gpu-blocks-override={SMALL_CACHE_BLOCKS}",)
-    seeds = {"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}
-    env = {"OMP_NUM_THREADS": "1", **seeds}
-    daemon = PoolDaemon(logs / "daemon.log", name=POOL, size="1GiB", shm_dir="/dev/shm")
-    a = Engine(
-        tiny_model, logs / "a.log", extra={**pool, "checksum": "off"}, options=OPTIONS, env=env
-    )
-    b = Engine(
-        tiny_model,
-        logs / "b.log",
-        extra={**pool, "checksum": "all"},
-        options=OPTIONS + small,
-        env=env,
-    )
-    change_config(b, kv_connector_module_path=None)  # found by name, through the plugin
-    drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
-    speculating = Engine(
-        tiny_model,
-        logs / "s.log",
-        extra=pool,
-        options=(*OPTIONS, "--speculative-config", json.dumps(drafts)),
-        env=env,
-    )
-    reference = Engine(tiny_model, logs / "r.log", extra=None, options=OPTIONS, env=env)
-    refused = Engine(tiny_model, logs / "refused.log", extra=pool, options=OPTIONS, env=env)
-    change_config(refused, kv_load_failure_policy="fail")
-    running = (a, b, speculating, reference)
-    with daemon, a, b, speculating, reference, refused:
-        for engine in running:
-            engine.wait_ready()
-        yield Engines(*running, refused, daemon)
-        for engine in running:
-            assert engine.running
-            assert "Traceback" not in engine.log.read_text()
-    shutil.rmtree(daemon.folder)
-
-
-def change_config(engine: Engine, **changes: Any) -> None:
-    place = engine.command.index("--kv-transfer-config") + 1
-    engine.command[place] = json.dumps({**json.loads(engine.command[place]), **changes})
-
-
-def prompt_of(seed: int, length: int = LONG) -> list[int]:
-    draw = random.Random(seed)
-    return [draw.randrange(256) for _ in range(length)]
-
-
-def reset(engine: Engine, *, external: bool = False) -> None:
-    """vLLM says no while blocks are held: by a store in flight, for a moment."""
-    path = f"/reset_prefix_cache?reset_external={str(external).lower()}"
-    until(lambda: json.loads(engine.post(path))["success"], "reset of the prefix cache")
-
 
 def hints(**values: Any) -> dict[str, Any]:
     return {"kv_transfer_params": {"kvpool": values}}
-
-
-def metric(engine: Engine, name: str, **labels: str) -> float:
-    """Sum over the series of vLLM's own /metrics that carry `labels`."""
-    total = 0.0
-    for line in engine.metrics().splitlines():
-        found = re.fullmatch(rf"vllm:{name}(?:_total)?(?:{{(.*)}})? (\S+)", line)
-        if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
-            total += float(found[2])
-    return total
 
 
 def counters(engines: Engines) -> dict[str, Any]:

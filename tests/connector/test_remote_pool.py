@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from connector.test_end_to_end import BLOCK, OPTIONS, metric, prompt_of, reset
+from connector.real_engines import BLOCK, OPTIONS, metric, prompt_of, reset
 from helpers import until
 
 from benchmarks.completions import complete
