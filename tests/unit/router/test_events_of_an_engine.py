@@ -6,10 +6,12 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from helpers import WAIT_S
 
 from benchmarks.processes import Engine, free_port
 from benchmarks.tiny_model import make_tiny_model
@@ -81,7 +83,11 @@ async def _converse(running: Engine, events: str, replay: str) -> None:
         decision = policy.decide(request, fleet, 0.0)
         assert decision is not None
         usage = (await post("/v1/chat/completions", body))["usage"]
-        await asyncio.sleep(0.5)  # its events come after its answer
+        give_up = time.monotonic() + WAIT_S
+        # its events come after its answer; those of the blocks that went for it, before those of its own
+        while policy.events.depth(request.token_blocks, "a") < len(request.token_blocks):
+            assert time.monotonic() < give_up, "its blocks were not told"
+            await asyncio.sleep(0.01)
         details = usage["prompt_tokens_details"] or {}
         return decision.hits.total, details.get("cached_tokens") or 0
 
