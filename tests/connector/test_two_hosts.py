@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from connector.test_end_to_end import BLOCK, OPTIONS, metric, prompt_of, reset
+from connector.real_engines import BLOCK, OPTIONS, metric, prompt_of, reset
 from helpers import until
 from redis_server import RedisServer
 
@@ -36,13 +35,24 @@ class RealHost(NamedTuple):
         return int(fetch_stats(POOL, str(self.shm_dir))["counters"].get(name, 0))
 
 
+class Hosts(NamedTuple):
+    a: RealHost
+    b: RealHost
+    redis: RedisServer
+
+    def wait_listed(self, blocks: int) -> None:
+        """Until the directory knows of so many blocks."""
+        until(lambda: self.num_listed() >= blocks, "the directory")
+
+    def num_listed(self) -> int:
+        with self.redis.client as client:
+            return sum(b":{hosts}" not in key for key in client.keys(f"kvpool:1:{POOL}:*"))
+
+
 @pytest.fixture(scope="module")
-def hosts(
-    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[RealHost, RealHost]]:
+def hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     logs = tmp_path_factory.mktemp("hosts")
     shm = Path(tempfile.mkdtemp(prefix="kvpool-test-", dir="/dev/shm"))
-    redis = RedisServer(logs).start()
     keys = [logs / "keys-a", logs / "keys-b"]
     public = [make_keys(folder, folder.name)[0] for folder in keys]
     for folder, other in zip(keys, reversed(public), strict=True):
@@ -50,6 +60,8 @@ def hosts(
     seeds = {"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}
     made = []
     with contextlib.ExitStack() as stack:
+        redis = RedisServer(logs).start()
+        stack.callback(redis.kill)
         for folder in keys:
             shm_dir = shm / folder.name
             shm_dir.mkdir()
@@ -71,20 +83,18 @@ def hosts(
             made.append(RealHost(daemon, stack.enter_context(engine), shm_dir))
         for host in made:
             host.engine.wait_ready()
-        yield made[0], made[1]
+        yield Hosts(*made, redis)
         for host in made:
             assert "Traceback" not in host.engine.log.read_text()
             assert "Traceback" not in host.daemon.log.read_text()
-    redis.kill()
     shutil.rmtree(shm)
 
 
-def test_what_a_computed_b_loads(hosts: tuple[RealHost, RealHost]) -> None:
-    a, b = hosts
+def test_what_a_computed_b_loads(hosts: Hosts) -> None:
+    a, b, _ = hosts
     prompt = prompt_of(1, TOKENS)
     first = complete(a.engine, prompt)
-    until(lambda: a.counter("directory_writes") >= TOKENS // BLOCK, "the directory")
-    time.sleep(1)
+    hosts.wait_listed(TOKENS // BLOCK)
     second = complete(b.engine, prompt)
     assert second.tokens == first.tokens
     full = TOKENS // BLOCK * BLOCK
@@ -93,14 +103,13 @@ def test_what_a_computed_b_loads(hosts: tuple[RealHost, RealHost]) -> None:
     assert metric(b.engine, "kvpool_pulled_tokens") >= 0.95 * full
 
 
-def test_the_other_way_round_and_without_redis(hosts: tuple[RealHost, RealHost]) -> None:
+def test_the_other_way_round_and_without_redis(hosts: Hosts) -> None:
     """What B has pulled it keeps: nobody is asked for it again."""
-    a, b = hosts
+    a, b, _ = hosts
     prompt = prompt_of(2, TOKENS)
+    before = hosts.num_listed()
     first = complete(b.engine, prompt)
-    before = b.counter("directory_writes")
-    until(lambda: b.counter("stored") and b.counter("directory_writes") >= before, "the directory")
-    time.sleep(1)
+    hosts.wait_listed(before + TOKENS // BLOCK)
     assert complete(a.engine, prompt).tokens == first.tokens
     pulled = a.counter("pulled_blocks")
     assert pulled >= 0.95 * TOKENS // BLOCK
