@@ -74,6 +74,8 @@ TICK_S, STANDSTILL_S = 0.1, 0.5
 """A tick that takes so long is one in which the machine stood still, for a good part of the router's times."""
 AFTERWARDS = 200
 """Ordinary requests when all is over. They also fill the budgets of retries again."""
+MAX_STANDSTILLS = 10
+"""Each excuses an answer for every client."""
 SAMPLES = 30
 GROWTH_KIB = 3_072
 """What a process may grow in two thirds of an hour: 130 bytes a request."""
@@ -131,6 +133,8 @@ class Report:
             found.append(f"{self.open_files} open files")
         if self.afterwards != {"200": AFTERWARDS}:
             found.append(f"afterwards: {dict(self.afterwards)}")
+        if self.standstills > MAX_STANDSTILLS:
+            found.append(f"{self.standstills} standstills: this machine can tell nothing")
         return found + self._unexplained()
 
     def _unexplained(self) -> list[str]:

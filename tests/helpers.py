@@ -29,6 +29,8 @@ from vllm_kvpool.types import KEY_BYTES, BlockKeys, SlotRefs, unpack_refs
 SLOT_BYTES = 64 << 10
 T = TypeVar("T")
 WAIT_S = 30.0  # ends early; machines that build something else meanwhile are slow
+LONGER_THAN_THE_GRACE_S = 3.0
+"""Who is dead for more than a second, counted in whole ones and looked for twice a second, is cleared away."""
 PATIENT_MS = 30_000
 """Of clients whose timeouts are not what is tested: a machine may pause for seconds."""
 

@@ -236,9 +236,7 @@ class MiniEngine:
         link = self.connector._scheduler._link
         link.start()
         until(lambda: (link.poll(), link.usable)[1], "connection")
-        link.client._timeout_ms = (
-            PATIENT_MS  # where all stands still for a second, no store is lost
-        )
+        link.client._timeout_ms = PATIENT_MS  # a second's standstill costs no store
 
     def lose_patience(self) -> None:
         """For tests of daemons that do not answer."""

@@ -7,13 +7,11 @@ import os
 import time
 from collections.abc import Callable
 
-from helpers import Daemon, EngineProcess, keys_of, until
+from helpers import LONGER_THAN_THE_GRACE_S, Daemon, EngineProcess, keys_of, until
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.liveness import ClientLock, is_held
 from vllm_kvpool.types import num_refs
-
-LONGER_THAN_THE_GRACE_S = 2.0
 
 
 def test_killed_while_storing(

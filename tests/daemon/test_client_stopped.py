@@ -8,12 +8,10 @@ import signal
 import time
 from collections.abc import Callable
 
-from helpers import Daemon, EngineProcess, keys_of, prepare, store, until
+from helpers import LONGER_THAN_THE_GRACE_S, Daemon, EngineProcess, keys_of, prepare, store, until
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.types import num_refs, unpack_refs
-
-LONGER_THAN_THE_GRACE_S = 2.0
 
 
 def test_stores_in_flight_are_kept(

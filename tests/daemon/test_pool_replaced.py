@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from helpers import (
+    LONGER_THAN_THE_GRACE_S,
     Daemon,
     check_bytes,
     keys_of,
@@ -19,8 +20,6 @@ from helpers import (
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.types import num_refs
-
-LONGER_THAN_THE_GRACE_S = 2.0
 
 
 def replace_pool(daemon: Daemon) -> None:

@@ -18,6 +18,7 @@ def test_block_expires(daemon: Daemon, client: PoolClient) -> None:
     assert num_refs(store(client, keys_of("short", 3), ttl_s=1)) == 3
     store(client, keys_of("long", 3), ttl_s=600)
     store(client, keys_of("ever", 3))
+    assert num_refs(client.match_prefix(keys_of("long", 3))) == 3
     until(lambda: client.match_prefix(keys_of("short", 3)) == b"", "the end")
     until(lambda: daemon.counter("expired") == 3, "its slots")
     assert num_refs(client.match_prefix(keys_of("long", 3))) == 3

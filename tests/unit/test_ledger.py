@@ -7,9 +7,7 @@ import pytest
 from vllm_kvpool.errors import ProtocolError
 from vllm_kvpool.ledger import MAX_PREPARES, MAX_REFUSALS, MAX_WRITING, StoreGrant, StoreLedger
 from vllm_kvpool.protocol import CompleteStore, Prepared, PrepareStore
-from vllm_kvpool.types import SlotRefs, pack_refs
-
-NO_REFS = SlotRefs(b"")
+from vllm_kvpool.types import NO_REFS, pack_refs
 
 
 @pytest.fixture

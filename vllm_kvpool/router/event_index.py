@@ -61,6 +61,10 @@ class EventIndex:
 
     # questions --------------------------------------------------------------------------------------
 
+    def knows(self, replica_id: str) -> bool:
+        """Whether anything was heard of it, or asked for, since it started."""
+        return replica_id in self._sources
+
     def trust(self, replica_id: str) -> Trust:
         source = self._sources.get(replica_id)
         return source.trust if source else Trust.NONE

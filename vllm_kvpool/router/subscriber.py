@@ -17,9 +17,9 @@ from vllm_kvpool.router.event_index import EventIndex, Trust
 from vllm_kvpool.router.event_wire import Batch, decode
 
 REPLAY_TIMEOUT_S = 5.0
-QUIET_MS = 1_000
-"""Without a batch for so long the engine is asked, once, for what came after the last one: PUB loses batches while a
-subscription is on its way or a queue is full, and only the next batch would show it."""
+QUIET_MS, MAX_QUIET_MS = 1_000, 60_000
+"""Without a batch for so long the engine is asked for what came after the last one, and again after twice as long: PUB
+loses batches while a subscription is on its way or a queue is full, and only the next batch would show it."""
 _END = -1
 _logger = logging.getLogger(__name__)
 
@@ -67,14 +67,14 @@ class Subscriber:
             socket.connect(endpoint)
             # connecting is silent: ask at once for what was published before
             await self._replay(replica_id, replay_endpoint)
-            asked = False
+            quiet_ms = QUIET_MS
             while True:
-                if not (asked or await socket.poll(QUIET_MS)):
-                    complete = await self._catch_up(replica_id, replay_endpoint)
-                    asked = True
-                else:
+                if await socket.poll(quiet_ms):
                     complete = self._hear(replica_id, await socket.recv_multipart())
-                    asked = False
+                    quiet_ms = QUIET_MS
+                else:
+                    complete = await self._catch_up(replica_id, replay_endpoint)
+                    quiet_ms = min(2 * quiet_ms, MAX_QUIET_MS)
                 if not complete:
                     await self._replay(replica_id, replay_endpoint)
 
@@ -105,8 +105,12 @@ class Subscriber:
 
     async def _catch_up(self, replica_id: str, endpoint: str) -> bool:
         """False: a replay is needed. An engine that does not answer is believed as before."""
-        if not endpoint or self._index.trust(replica_id) is Trust.NONE:
+        if not endpoint:
             return True
+        if not self._index.knows(replica_id):
+            return False  # forgotten since: it has restarted
+        if self._index.trust(replica_id) is Trust.NONE:
+            return True  # what it says is of no use
         first = self._index.next_sequence(replica_id)
         try:
             batches = await asyncio.wait_for(self._ask(endpoint, first), REPLAY_TIMEOUT_S)

@@ -62,7 +62,7 @@ class WorkerProcess:
             future.cancel()
         status = await self._process.wait()  # it may still be telling why
         if not self._ready.done():
-            self._ready.set_exception(KVPoolError("a worker ended before it was ready"))
+            self._ready.set_exception(KVPoolError(f"worker {self.pid} ended before it was ready"))
         return status
 
     async def wait_ready(self) -> None:
@@ -70,7 +70,7 @@ class WorkerProcess:
         try:
             await asyncio.wait_for(asyncio.shield(self._ready), READY_S)
         except TimeoutError:
-            raise KVPoolError(f"a worker was not ready in {READY_S:g} s") from None
+            raise KVPoolError(f"worker {self.pid} was not ready in {READY_S:g} s") from None
 
     async def collect(self) -> None:
         """Brings `samples` up to date; of one that does not answer they stay as they are."""

@@ -18,12 +18,18 @@ from helpers import WAIT_S
 from benchmarks.mock_replica import MockConfig, MockReplica, serving
 from benchmarks.modelled_engine import EngineModel
 from benchmarks.processes import free_port
+from vllm_kvpool.router import subscriber
 from vllm_kvpool.router.event_index import Trust
 from vllm_kvpool.router.fleet import Fleet
 from vllm_kvpool.router.keys import route_request
 from vllm_kvpool.router.kv_events import KvEvents
 from vllm_kvpool.router.subscriber import Subscriber, endpoint_of_rank
 from vllm_kvpool.router.types import Replica, RouteRequest
+
+
+@pytest.fixture
+def quick_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subscriber, "QUIET_MS", 50)
 
 
 class Setting:
@@ -129,6 +135,30 @@ def test_a_lost_batch_that_is_the_last_is_asked_for_when_it_is_quiet() -> None:
         await setting.until(setting.trust, Trust.EXACT)
         await setting.client.post("/mock/faults", json={"kind": "lose_events", "count": 1})
         await setting.ask(LONG)
+        await setting.until(lambda: setting.hit_tokens(LONG), 62 * 16)
+        assert await setting.trust() is Trust.EXACT
+
+    run(body)
+
+
+def test_a_batch_that_is_lost_after_a_long_silence_is_asked_for(quick_to_ask: None) -> None:
+    async def body(setting: Setting) -> None:
+        setting.follow()
+        await setting.until(setting.trust, Trust.EXACT)
+        await asyncio.sleep(0.5)  # asked a few times, for nothing
+        await setting.client.post("/mock/faults", json={"kind": "lose_events", "count": 1})
+        await setting.ask(LONG)
+        await setting.until(lambda: setting.hit_tokens(LONG), 62 * 16)
+
+    run(body)
+
+
+def test_an_engine_that_was_forgotten_is_asked_from_its_start(quick_to_ask: None) -> None:
+    async def body(setting: Setting) -> None:
+        setting.follow()
+        await setting.ask(LONG)
+        await setting.until(lambda: setting.hit_tokens(LONG), 62 * 16)
+        setting.policy.events.forget("a")
         await setting.until(lambda: setting.hit_tokens(LONG), 62 * 16)
         assert await setting.trust() is Trust.EXACT
 
