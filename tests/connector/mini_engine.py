@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from helpers import until
+from helpers import PATIENT_MS, until
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.engine.arg_utils import EngineArgs
@@ -44,8 +44,8 @@ LATENT_SIZE = 24
 """With MLA: of the one vector that a token has in each rank."""
 LAYERS = [f"model.layers.{i}.self_attn.attn" for i in range(3)]
 VOCABULARY = 256
-PATIENT_MS, ENGINE_MS = 30_000, 1_000
-"""For an answer of the daemon: of engines whose stores a test counts, and of engines in earnest."""
+ENGINE_MS = 1_000
+"""For an answer of the daemon: what engines in earnest wait."""
 
 
 def make_config(

@@ -181,9 +181,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(message)
 
 
-@settings(
-    max_examples=500, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=500, suppress_health_check=list(HealthCheck))
 @given(st.one_of(damaged(), st.binary(max_size=300)))
 def test_any_bytes_get_an_answer(payload: bytes) -> None:
     door = PeerDoor(None, _Nowhere(), "0" * 32, Counter())  # type: ignore[arg-type]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvpool.router.health import FIRST_PAUSE_S, FIRST_SHARE, LAST_PAUSE_S, Condition, Health
@@ -74,7 +74,6 @@ def test_half_open_forgives_nothing_and_keeps_the_pause() -> None:
     assert health.ejections == 2
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["ok", "failed", "refused"]), st.floats(0, 60))))
 def test_whatever_happens_it_is_probed_again_and_comes_back(
     events: list[tuple[str, float]],

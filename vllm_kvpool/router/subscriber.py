@@ -90,9 +90,8 @@ class Subscriber:
     async def _replay(self, replica_id: str, endpoint: str) -> None:
         batches = None
         if endpoint:
-            first = self._index.next_sequence(replica_id)
             try:
-                batches = await asyncio.wait_for(self._ask(endpoint, first), REPLAY_TIMEOUT_S)
+                batches = await self._ask(replica_id, endpoint)
             except TimeoutError:
                 _logger.warning("%s: no replay of KV events from %s", replica_id, endpoint)
             except ValueError as error:
@@ -111,9 +110,8 @@ class Subscriber:
             return False  # forgotten since: it has restarted
         if self._index.trust(replica_id) is Trust.NONE:
             return True  # what it says is of no use
-        first = self._index.next_sequence(replica_id)
         try:
-            batches = await asyncio.wait_for(self._ask(endpoint, first), REPLAY_TIMEOUT_S)
+            batches = await self._ask(replica_id, endpoint)
         except TimeoutError:
             return True
         except ValueError as error:
@@ -121,18 +119,21 @@ class Subscriber:
             return True
         return all(self._index.received(replica_id, number, batch) for number, batch in batches)
 
-    async def _ask(self, endpoint: str, first: int) -> list[tuple[int, Batch]]:
+    async def _ask(self, replica_id: str, endpoint: str) -> list[tuple[int, Batch]]:
+        """All that the engine still has of what we have not heard. TimeoutError, ValueError (not understood)."""
+        first = self._index.next_sequence(replica_id)
         batches: list[tuple[int, Batch]] = []
-        with self._context.socket(zmq.DEALER) as socket:
-            socket.set_hwm(0)
-            socket.linger = 0
-            socket.connect(endpoint)
-            await socket.send_multipart([b"", first.to_bytes(8, "big")])
-            while True:
-                frames = await socket.recv_multipart()
-                if _sequence(frames) == _END:
-                    return batches
-                batches.append(_read(frames))
+        async with asyncio.timeout(REPLAY_TIMEOUT_S):
+            with self._context.socket(zmq.DEALER) as socket:
+                socket.set_hwm(0)
+                socket.linger = 0
+                socket.connect(endpoint)
+                await socket.send_multipart([b"", first.to_bytes(8, "big")])
+                while True:
+                    frames = await socket.recv_multipart()
+                    if _sequence(frames) == _END:
+                        return batches
+                    batches.append(_read(frames))
 
     def _not_understood(self, replica_id: str, error: ValueError) -> None:
         _logger.warning("%s: KV events are not understood: %s", replica_id, error)

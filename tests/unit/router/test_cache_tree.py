@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvpool.router.rendezvous import mix
@@ -46,7 +46,6 @@ class Reference:
         return next((i for i, b in enumerate(blocks) if b not in self.blocks), len(blocks))
 
 
-@settings(deadline=None)
 @given(steps, st.integers(1, 12), prompts)
 def test_depths_are_those_of_an_lru(
     told: list[tuple[str, tuple[int, ...], str]], capacity: int, asked: tuple[int, ...]

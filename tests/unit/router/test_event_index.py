@@ -6,7 +6,7 @@ from array import array
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvpool.router import event_wire
@@ -159,7 +159,6 @@ def test_children_of_unknown_parents_are_left_out() -> None:
 paths = st.lists(st.integers(1, 3), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.booleans(), paths), max_size=25), paths)
 def test_any_order_of_events_gives_what_the_engine_holds(
     told: list[tuple[bool, list[int]]], asked: list[int]
@@ -233,7 +232,6 @@ def test_what_is_no_batch_is_refused(payload: bytes) -> None:
         event_wire.decode(payload)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_any_bytes_are_read_or_refused(payload: bytes) -> None:
     try:

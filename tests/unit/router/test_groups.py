@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvpool.router.groups import CAPACITY, HALF_LIFE_S, HOLD_S, Groups
@@ -12,7 +12,6 @@ counts = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(counts, st.integers(1, 64))
 def test_sizes_are_possible_whatever_is_counted(
     told: list[tuple[int, int, float]], replicas: int

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvpool.router.keys import TEXT_BLOCK_BYTES, TEXT_BLOCK_TOKENS, route_request
@@ -37,7 +37,6 @@ def of(body: object, **headers: str) -> RouteRequest:
     return route_request(body, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
-@settings(deadline=None)
 @given(bodies)
 def test_any_body_is_taken(body: object) -> None:
     request = of(body)
@@ -45,7 +44,6 @@ def test_any_body_is_taken(body: object) -> None:
     assert request.stable_tokens <= request.prompt_tokens
 
 
-@settings(deadline=None)
 @given(messages)
 def test_any_messages_are_taken(turns: list[object]) -> None:
     of({"messages": turns, "tools": turns})
@@ -64,7 +62,6 @@ def test_a_deep_body_is_taken() -> None:
     of({"messages": [{"role": "user", "content": deep}], "tools": deep, "prompt": deep})
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=300), min_size=1, max_size=8), st.text(max_size=300))
 def test_a_conversation_grows_at_its_end(texts: list[str], more: str) -> None:
     before, after = of(chat(*texts)), of(chat(*texts, more))
@@ -72,7 +69,6 @@ def test_a_conversation_grows_at_its_end(texts: list[str], more: str) -> None:
     assert (after.session, after.stable) == (before.session, before.stable)
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=4_000).map(lambda b: b.hex()), st.data())
 def test_blocks_are_equal_exactly_as_far_as_the_text_is(text: str, data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(text) - 1))

@@ -64,4 +64,4 @@ class Chaos(RuleBasedStateMachine):
 
 
 TestChaos = Chaos.TestCase
-TestChaos.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestChaos.settings = settings(max_examples=60, stateful_step_count=40)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.router.values import fleet_of
@@ -25,7 +25,6 @@ def ids(rendezvous: Rendezvous, key: int, fleet: Fleet) -> list[str]:
     return [member.replica.id for member in rendezvous.order(key, fleet)]
 
 
-@settings(deadline=None)
 @given(names, keys)
 def test_who_goes_changes_nothing_among_the_others(ids_of_fleet: set[str], key: int) -> None:
     fleet = fleet_named(ids_of_fleet)
@@ -35,7 +34,6 @@ def test_who_goes_changes_nothing_among_the_others(ids_of_fleet: set[str], key: 
     assert ids(Rendezvous(), key, fleet) == [name for name in before if name != gone]
 
 
-@settings(deadline=None)
 @given(names, keys, st.integers(0, 3))
 def test_every_router_orders_alike(ids_of_fleet: set[str], key: int, seed: int) -> None:
     """However the fleet came about."""
@@ -46,7 +44,6 @@ def test_every_router_orders_alike(ids_of_fleet: set[str], key: int, seed: int) 
     assert ids(Rendezvous(seed), key, one) == ids(Rendezvous(seed), key, other)
 
 
-@settings(deadline=None)
 @given(names, keys, keys, st.data())
 def test_a_group_is_ordered_by_the_session_and_the_rest_by_the_task(
     ids_of_fleet: set[str], key: int, group: int, data: st.DataObject
