@@ -177,7 +177,7 @@ class CopyEngine:
     """Moves blocks between one worker's KV memory and pool slots, on its own threads.
 
     `device` < 0: KV memory is ordinary memory, copied by `threads` threads. Otherwise it is memory of that CUDA device
-    (an ordinal, as torch counts), which copies by DMA on streams of its own; nothing ever waits on the calling thread.
+    (an ordinal, as torch counts), which copies by DMA on streams of its own; submitting never waits.
     The pool is registered with CUDA in the background, slabs as the daemon makes them; until then copies are slower.
     `way` is for benchmarks and tests: "driver" (a copy for each fragment, in batches) or "staged" (a copy for each
     block, through 4 x 32 MiB of device memory); "" tries both at the start and keeps the better one for each direction.
@@ -217,9 +217,13 @@ class CopyEngine:
     def submit_load(self, refs: Buffer, blocks: Buffer, stream: int = 0) -> int: ...
     def poll(self) -> list[tuple[int, bytes, int]]:
         """Finished jobs: (job, one status byte a block: see COPY_*, nanoseconds from submit to end). Never waits."""
-    def arriving(self) -> list[int]:
+    def arriving(self, milliseconds: int = 0) -> list[int]:
         """Loads whose last bytes are on their way: only the loss of the device, or of a lease, can still spoil them.
-        Each is reported by `poll` as well, once it has ended."""
+        Each is reported by `poll` as well, once it has ended. Waits so long for one, while loads are under way of which
+        `poll` has nothing to tell."""
+    def order_after_loads(self, stream: int) -> bool:
+        """What `stream`, a cudaStream_t, is given from now on comes after the loads that are arriving; nobody waits.
+        False where that cannot be had (memory of this process, a device that refuses): `wait` for them."""
     def wait(self, job: int, milliseconds: int) -> bool:
         """Until the job has ended, however it did; the next `poll` tells. False: it has not in that time."""
     def cancel(self, job: int) -> None:

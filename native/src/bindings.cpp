@@ -431,7 +431,12 @@ void bind_copy(nb::module_& m) {
             },
             "refs"_a, "blocks"_a, "stream"_a = 0)
         .def("poll", &PyCopyEngine::poll)
-        .def("arriving", [](PyCopyEngine& c) { return c.engine.arriving(); })
+        .def(
+            "arriving", [](PyCopyEngine& c, uint64_t ms) { return c.engine.arriving(ms); }, "milliseconds"_a = 0,
+            nb::call_guard<nb::gil_scoped_release>())
+        .def(
+            "order_after_loads", [](PyCopyEngine& c, uint64_t stream) { return c.engine.order_after_loads(stream); },
+            "stream"_a)
         .def(
             "wait", [](PyCopyEngine& c, uint64_t job, uint64_t ms) { return c.engine.wait(job, ms); }, "job"_a,
             "milliseconds"_a, nb::call_guard<nb::gil_scoped_release>())

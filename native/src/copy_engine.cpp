@@ -68,8 +68,20 @@ std::vector<FinishedCopy> CopyEngine::poll() {
     return std::exchange(finished_, {});
 }
 
-std::vector<uint64_t> CopyEngine::arriving() {
-    std::lock_guard lock(mutex_);
+std::vector<uint64_t> CopyEngine::arriving(uint64_t milliseconds) {
+    std::unique_lock lock(mutex_);
+    std::vector<uint64_t> numbers;
+    auto told = [&] { return !(numbers = arriving_loads()).empty() || !finished_.empty() || !is_loading(); };
+    idle_.wait_for(lock, std::chrono::milliseconds(milliseconds), told);
+    return numbers;
+}
+
+bool CopyEngine::is_loading() const {
+    auto loads = [](const auto& job) { return job.second->direction == Direction::kLoad; };
+    return std::any_of(jobs_.begin(), jobs_.end(), loads);
+}
+
+std::vector<uint64_t> CopyEngine::arriving_loads() const {
     std::vector<uint64_t> numbers;
     for (const auto& [number, job] : jobs_) {
         bool arriving = job->on_the_way == job->blocks.size() && job->good;
@@ -181,6 +193,7 @@ std::vector<CopyStatus> CopyEngine::copy(unsigned thread, const Batch& batch) {
 void CopyEngine::note_on_the_way(const Batch& batch) {
     std::lock_guard lock(mutex_);
     batch.job->on_the_way += batch.count;
+    if (batch.job->on_the_way == batch.job->blocks.size()) idle_.notify_all();
 }
 
 CopyStatus CopyEngine::check_before(Direction direction, SlotRef ref) const {

@@ -44,6 +44,7 @@ class CudaBackend final : public CopyBackend {
     bool serves(unsigned thread, Direction direction) const override { return direction_of(thread) == direction; }
     size_t batch_blocks(size_t job_blocks) const override;
     Fence fence(uint64_t stream) override;
+    bool order_after_loads(uint64_t stream) override;
     bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
               const std::function<void()>& on_the_way) override;
     void close() override;
@@ -155,6 +156,22 @@ Fence CudaBackend::fence(uint64_t stream) {
     } catch (const CudaError& error) {
         refused(error);
         return nullptr;
+    }
+}
+
+// A batch's end is recorded before it counts as on the way, and a lane's batches end one after the other.
+bool CudaBackend::order_after_loads(uint64_t stream) {
+    if (off_) return false;
+    try {
+        Visit visit(driver_, context_);
+        for (unsigned thread = 0; thread < kThreads; ++thread) {
+            if (!serves(thread, Direction::kLoad)) continue;
+            driver_.stream_wait_event(reinterpret_cast<CUstream>(stream), lanes_[thread]->done.get(), 0);
+        }
+        return true;
+    } catch (const CudaError& error) {
+        refused(error);
+        return false;
     }
 }
 

@@ -308,15 +308,31 @@ TEST(a_load_arrives_before_it_has_ended) {
     Device device(CudaWay::kStaged);
     CHECK(all(device.store(), CopyStatus::kOk));
     device.slots.set_all(SlotState::kReady);
+    CHECK(device.engine->arriving(10'000).empty());  // nothing to wait for
     device.cuda->hold_ends(true);
     uint64_t job = device.engine->submit(Direction::kLoad, device.slots.blocks(10));
-    until([&] { return device.engine->arriving() == std::vector<uint64_t>{job}; });
+    CHECK(device.engine->arriving(10'000) == std::vector<uint64_t>{job});
+    uint64_t orders = device.cuda->calls("cuStreamWaitEvent");
+    CHECK(device.engine->order_after_loads(device.cuda->slow_stream));
+    CHECK_EQ(device.cuda->calls("cuStreamWaitEvent"), orders + 2);  // one for each thread that loads
     CHECK(!device.engine->wait(job, 20));
     CHECK(device.engine->poll().empty());
     device.cuda->hold_ends(false);
     CHECK(device.engine->wait(job, 10'000));
-    CHECK(device.engine->arriving().empty());
+    CHECK(device.engine->arriving(10'000).empty());
     CHECK(all(wait(*device.engine).status, CopyStatus::kOk));
+}
+
+TEST(an_order_that_the_device_refuses_is_said_so) {
+    Device device(CudaWay::kStaged);
+    device.cuda->fail("cuStreamWaitEvent", kOutOfMemory, 1);
+    CHECK(!device.engine->order_after_loads(device.cuda->slow_stream));
+    CHECK(device.engine->order_after_loads(device.cuda->slow_stream));
+    CHECK(device.error().find("cuStreamWaitEvent") == 0);
+    device.cuda->fail("cuStreamWaitEvent", kIllegalAddress, 1);
+    CHECK(!device.engine->order_after_loads(device.cuda->slow_stream));
+    CHECK(device.is_off());
+    CHECK(!device.engine->order_after_loads(device.cuda->slow_stream));
 }
 
 TEST(neither_stores_arrive_nor_loads_with_a_bad_block) {

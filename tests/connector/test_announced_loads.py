@@ -1,7 +1,8 @@
 """Loads that vLLM hears of before their end, because it has nothing else to do.
 
 The copies here are real and begin as late as they may: in the step that computes with their blocks, when it waits for
-them. A step that did not wait would find other bytes there, and the model of `mini_engine` says so.
+them, or, as with a GPU, when its kernels are told to come later. A step that did neither would find other bytes there,
+and the model of `mini_engine` says so.
 """
 
 from __future__ import annotations
@@ -18,16 +19,20 @@ from vllm_kvpool.types import SlotRefs, num_refs
 MakeEngine = Callable[..., MiniEngine]
 PROMPT = prompt_of(1, 10 * BLOCK + 1)
 BLOCKS = 10
+WAIT_MS = 10_000
 
 
 class LateCopies:
     """A copy engine whose loads arrive at once and end when somebody waits for them, as `ends_as`: the last one first,
-    so that the bytes of older ones come as late as they can."""
+    so that the bytes of older ones come as late as they can. `orders`: as a GPU does, whose kernels find the bytes
+    that they were ordered to come after, before anybody on the processor has waited for them."""
 
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
 
-    def __init__(self, engine: CopyEngine) -> None:
+    def __init__(self, engine: CopyEngine, orders: bool) -> None:
         self._engine = engine
+        self._orders = orders
+        self._not_waited_for: dict[int, list[tuple[int, bytes, int]]] = {}
         self._late: dict[int, tuple[SlotRefs, bytes]] = {}
         self._ended: list[tuple[int, bytes, int]] = []
         self._numbers = 1_000_000
@@ -42,52 +47,66 @@ class LateCopies:
     def submit_store(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
         return self._engine.submit_store(refs, blocks, stream)
 
-    def arriving(self) -> list[int]:
-        return list(self._late)
+    def arriving(self, milliseconds: int) -> list[int]:
+        return [*self._late, *self._not_waited_for]
+
+    def order_after_loads(self, stream: int) -> bool:
+        for late in sorted(self._late, reverse=True) if self._orders else ():
+            self._end(late, *self._late.pop(late), WAIT_MS)
+            self._not_waited_for[late], self._ended = self._ended, []
+        return self._orders
 
     def wait(self, number: int, milliseconds: int) -> bool:
         self.waits += 1
         for late in sorted(self._late, reverse=True):
             if late >= number:
                 self._end(late, *self._late.pop(late), milliseconds)
+        self._ended += self._not_waited_for.pop(number, [])
         return True
 
     def _end(self, number: int, refs: SlotRefs, blocks: bytes, milliseconds: int) -> None:
-        if self.ends_as is not None:
-            self._ended.append((number, bytes([self.ends_as]) * num_refs(refs), 1))
-            return
         real = self._engine.submit_load(refs, blocks)
         assert self._engine.wait(real, milliseconds)
-        ended = self._engine.poll()
-        self._ended += [(number if job == real else job, *rest) for job, *rest in ended]
+        for job, statuses, nanoseconds in self._engine.poll():
+            if job != real:
+                self._ended.append((job, statuses, nanoseconds))
+            elif self.ends_as is None:
+                self._ended.append((number, statuses, nanoseconds))
+            else:
+                self._ended.append((number, bytes([self.ends_as]) * num_refs(refs), nanoseconds))
 
     def poll(self) -> list[tuple[int, bytes, int]]:
         ended, self._ended = self._ended, []
         return ended + self._engine.poll()
 
     def cancel(self, number: int) -> None:
-        self.wait(number, 10_000)
+        self.wait(number, WAIT_MS)
 
     def close(self) -> None:
         self._engine.close()
 
 
-def loaded(make_engine: MakeEngine, daemon: Daemon, **options: bool) -> MiniEngine:
+def loaded(make_engine: MakeEngine, daemon: Daemon, orders: bool, **options: bool) -> MiniEngine:
     """An engine whose pool, but not whose KV cache, holds the blocks of PROMPT."""
     engine = make_engine(**options)
     engine.generate(PROMPT, 1)
     until(lambda: daemon.counter("ready") == BLOCKS)
     engine.reset_prefix_cache()
     attached = engine.worker._worker._attached
-    attached.engine = LateCopies(attached.engine)
+    attached.engine = LateCopies(attached.engine, orders)
     return engine
+
+
+@pytest.fixture(params=[False, True], ids=["waits", "orders"])
+def orders(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "async"])
 def loader(
-    make_engine: MakeEngine, daemon: Daemon, request: pytest.FixtureRequest
+    make_engine: MakeEngine, daemon: Daemon, orders: bool, request: pytest.FixtureRequest
 ) -> Iterator[MiniEngine]:
-    engine = loaded(make_engine, daemon, asynchronous=request.param)
+    engine = loaded(make_engine, daemon, orders, asynchronous=request.param)
     yield engine
     engine.run()
     assert engine.free_blocks == 255
@@ -123,16 +142,18 @@ def test_engine_with_other_work_is_not_held_up(loader: MiniEngine) -> None:
     ("status", "reason"), [(COPY_FAILED, "ILLEGAL_ADDRESS"), (COPY_STALE, "a slot was lost")]
 )
 def test_engine_ends_rather_than_compute_with_wrong_bytes(
-    make_engine: MakeEngine, daemon: Daemon, status: int, reason: str
+    make_engine: MakeEngine, daemon: Daemon, orders: bool, status: int, reason: str
 ) -> None:
-    """The device is lost, and the engine with it, or the pool has broken its promise."""
-    engine = loaded(make_engine, daemon)
+    """The device is lost, and the engine with it, or the pool has broken its promise. A GPU computes all the same, but
+    nobody gets that token."""
+    engine = loaded(make_engine, daemon, orders)
     copies_of(engine).ends_as = status
     if status == COPY_STALE:
         copies_of(engine).error = ""
-    engine.add(PROMPT)
+    request_id = engine.add(PROMPT)
     with pytest.raises(RuntimeError, match=reason):
         engine.run()
+    assert not engine.outputs.get(request_id)
 
 
 @pytest.mark.parametrize("steps", range(1, 6))

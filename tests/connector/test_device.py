@@ -71,7 +71,7 @@ class BrokenCopies:
         ended, self._ended = self._ended, []
         return ended
 
-    def arriving(self) -> list[int]:
+    def arriving(self, milliseconds: int) -> list[int]:
         return []
 
     def cancel(self, number: int) -> None:

@@ -138,7 +138,7 @@ class StuckCopies:
         cancelled, self._cancelled = self._cancelled, []
         return self._engine.poll() + cancelled
 
-    def arriving(self) -> list[int]:
+    def arriving(self, milliseconds: int) -> list[int]:
         return []
 
     def cancel(self, number: int) -> None:

@@ -373,9 +373,7 @@ def test_a_load_arrives_before_it_has_ended(
     torch.cuda.synchronize()
     spin(stream)
     job = engine.submit_load(refs * 2, numbers(COUNT, 2 * COUNT), stream.cuda_stream)
-    give_up = time.monotonic() + WAIT_S
-    while engine.arriving() != [job]:
-        assert time.monotonic() < give_up
+    assert engine.arriving(10_000) == [job]
     assert not engine.wait(job, 1)
     assert not stream.query(), "the spin was too short to show anything"
     assert engine.wait(job, 10_000)
@@ -383,6 +381,34 @@ def test_a_load_arrives_before_it_has_ended(
     for first in (COUNT, 2 * COUNT):
         assert torch.equal(kv.blocks(first), kv.blocks(0))
     assert set(wait(engine, job)) == {COPY_OK}
+    engine.close()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_work_that_is_ordered_after_a_load_finds_its_bytes(
+    pool: Pool, way: str, stream: torch.cuda.Stream, ordered: bool
+) -> None:
+    """And work that is not does not: the control."""
+    kv = KV(64)
+    engine = start(pool, kv, way)
+    refs = stored(pool, kv, engine)
+    before = kv.blocks(COUNT)
+    torch.cuda.synchronize()
+    spin(stream)
+    job = engine.submit_load(refs, numbers(COUNT), stream.cuda_stream)
+    assert engine.arriving(10_000) == [job]
+    compute = torch.cuda.Stream()
+    if ordered:
+        assert engine.order_after_loads(compute.cuda_stream)
+    with torch.cuda.stream(compute):
+        seen = kv.memory[:, COUNT:].clone()
+    if not ordered:
+        compute.synchronize()
+    assert not stream.query(), "the spin was too short to show anything"
+    succeed(engine, job)
+    compute.synchronize()
+    expected = kv.blocks(0) if ordered else before
+    assert torch.equal(seen.transpose(0, 1).reshape(COUNT, -1).cpu(), expected)
     engine.close()
 
 

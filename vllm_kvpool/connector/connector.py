@@ -37,7 +37,8 @@ DRAWN = ("engine_id",)
 
 class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
     """Asynchronous loads, stores of whole blocks, never in the way: no hook waits for the pool, but for the last bytes
-    of a load where they are late (`handle_preemptions`), and `request_finished*` never keeps a request's blocks."""
+    of a load where they are late (`handle_preemptions`, `get_finished`), and `request_finished*` never keeps a
+    request's blocks."""
 
     _cache_hit_source = compat.host_memory_source()
 

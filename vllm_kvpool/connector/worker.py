@@ -5,8 +5,9 @@ always ends: one that gets nowhere for `load_deadline_ms` is stopped first and r
 vLLM may reuse its blocks as soon as it hears. Each job is reported once, by every worker, of all its blocks.
 
 vLLM takes some milliseconds from hearing of a load to computing with it. So an engine that has nothing else to do
-hears of one whose last bytes are on their way; the next step that computes, or begins to load, waits for them first,
-where they have not come by themselves: vLLM may have given their blocks to somebody else by then.
+hears of one whose last bytes are on their way. What the next step computes or loads comes after them, whoever has got
+their blocks by then: a GPU is told so and its kernels are started meanwhile, a CPU waits. That step's tokens are not
+handed out before the load was found good to its end.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ logger = logging.getLogger(__name__)
 CHECKSUM_EVERY = {"off": 0, "sampled": 64, "all": 1}
 RETRY_S = 1.0
 """Between attempts to map a pool that could not be mapped."""
+ARRIVAL_WAIT_MS = 1
+"""Of an engine without other work, which would sleep for as long and ask again then."""
 SLOW_END_MS = 2_000
 """What has begun on a device ends by itself, also when the device is lost."""
 LOCK_WAIT_S = 1.0
@@ -145,18 +148,13 @@ class WorkerSide:
     # copies ---------------------------------------------------------------------------------------
 
     def before_forward(self, metadata: KVPoolMetadata) -> None:
-        """Blocks whose bytes are still on their way are neither computed with nor loaded into. RuntimeError: the bytes
-        were lost on the way, with the device or with a lease, and vLLM cannot be told any more."""
+        """Blocks whose bytes are still on their way are neither computed with nor loaded into."""
         self._computes = metadata.computes
         attached = self._attached
         if attached is None or not attached.announced or not (metadata.computes or metadata.loads):
             return
-        for number in attached.announced:
-            while not attached.engine.wait(number, SLOW_END_MS):
-                logger.warning(
-                    "KV pool: the last bytes of a load take more than %d ms", SLOW_END_MS
-                )
-        self._take_finished(attached)
+        if not attached.engine.order_after_loads(self._device.stream()):
+            self._wait_for_announced(attached)
 
     def start(self, metadata: KVPoolMetadata) -> None:
         attached = self._attach(metadata.attachment)
@@ -235,9 +233,11 @@ class WorkerSide:
         attached = self._attached
         if attached is None or not attached.running:
             return
-        self._take_finished(attached)
-        if not self._computes:
+        if self._computes:
+            self._wait_for_announced(attached)
+        else:
             self._announce(attached)
+        self._take_finished(attached)
         if time.monotonic() < attached.progress_s + self._deadline_s:
             return
         for number, job in list(attached.running.items()):
@@ -246,13 +246,23 @@ class WorkerSide:
         self._take_finished(attached)
 
     def _announce(self, attached: _Attached) -> None:
-        for number in attached.engine.arriving():
+        for number in attached.engine.arriving(ARRIVAL_WAIT_MS):
             job = attached.running.get(number)
             if isinstance(job, LoadJob) and number not in attached.announced:
                 attached.announced.add(number)
                 self._loaded.add(job.request_id)
 
+    def _wait_for_announced(self, attached: _Attached) -> None:
+        for number in attached.announced:
+            while not attached.engine.wait(number, SLOW_END_MS):
+                logger.warning(
+                    "KV pool: the last bytes of a load take more than %d ms", SLOW_END_MS
+                )
+        self._take_finished(attached)
+
     def _take_finished(self, attached: _Attached) -> None:
+        """RuntimeError: bytes of an announced load were lost on the way, with the device or with a lease, and vLLM
+        cannot be told any more."""
         for number, statuses, nanoseconds in attached.engine.poll():
             attached.progress_s = time.monotonic()
             if COPY_FAILED in statuses and attached.told_error != attached.engine.error:

@@ -61,7 +61,10 @@ class CopyEngine {
     std::vector<FinishedCopy> poll();
     // Loads whose last bytes are on their way: all slots were found good before the copy, no batch has ended badly, and
     // only the loss of the device, or of a lease, can still spoil them.
-    std::vector<uint64_t> arriving();
+    // Waits up to so many milliseconds for one, while there are loads none of which has ended.
+    std::vector<uint64_t> arriving(uint64_t milliseconds = 0);
+    // Work that `stream` is given from now on comes after the loads that are arriving. False: wait for them here.
+    bool order_after_loads(uint64_t stream) { return backend_->order_after_loads(stream); }
     // Until `job` has ended, or so many milliseconds. Whether it has.
     bool wait(uint64_t job, uint64_t milliseconds);
     void cancel(uint64_t job);
@@ -92,6 +95,8 @@ class CopyEngine {
     std::shared_ptr<Job> next_job(unsigned thread);  // with a block that no thread has taken; loads before stores
     Batch take(const std::shared_ptr<Job>& job) const;
     void put_back(const Batch& batch, const std::vector<CopyStatus>& status);
+    std::vector<uint64_t> arriving_loads() const;
+    bool is_loading() const;
     void finish(const std::shared_ptr<Job>& job);
 
     std::vector<CopyStatus> copy(unsigned thread, const Batch& batch);

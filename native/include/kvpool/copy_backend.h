@@ -1,8 +1,9 @@
 // How bytes move between KV memory and pool slots; `CopyEngine` decides what moves and when.
 //
 // Contract: `copy` returns when the bytes are where they belong, or never will be: no write arrives later. It is called
-// by the engine's threads, by each with its own number. `fence` is called by whoever submits a job and never waits.
-// After `close` nothing of the backend touches memory; it is called when no `copy` runs and none will.
+// by the engine's threads, by each with its own number. `fence` and `order_after_loads` are called by whoever submits
+// jobs and never wait. After `close` nothing of the backend touches memory; it is called when no `copy` runs and none
+// will.
 #pragma once
 
 #include <cstdint>
@@ -54,6 +55,8 @@ class CopyBackend {
     virtual bool serves(unsigned thread, Direction direction) const = 0;
     virtual size_t batch_blocks(size_t job_blocks) const = 0;  // how many of a job's `copy` is given at once, at most
     virtual Fence fence(uint64_t stream) = 0;
+    // What `stream` is given from now on comes after all loads that are on the way. False: it does not.
+    virtual bool order_after_loads(uint64_t stream) = 0;
     // False: the device refused, see `error`; what has arrived of the bytes is unknown. `on_the_way` is called when it
     // has been given all copies: only the loss of the device can keep the bytes from arriving then.
     virtual bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
