@@ -140,7 +140,7 @@ std::shared_ptr<CopyEngine::Job> CopyEngine::next_job(unsigned thread) {
 
 CopyEngine::Batch CopyEngine::take(const std::shared_ptr<Job>& job) const {
     size_t blocks = job->blocks.size();
-    Batch batch{job, job->next, std::min(backend_->batch_blocks(blocks), blocks - job->next)};
+    Batch batch{job, job->next, std::min(backend_->batch_blocks(blocks, job->next), blocks - job->next)};
     job->next += batch.count;
     ++job->busy;
     return batch;

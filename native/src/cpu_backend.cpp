@@ -22,7 +22,7 @@ class CpuBackend final : public CopyBackend {
 
     unsigned threads() const override { return threads_; }
     bool serves(unsigned, Direction) const override { return true; }
-    size_t batch_blocks(size_t) const override { return 1; }  // a thread that is done takes the next
+    size_t batch_blocks(size_t, size_t) const override { return 1; }  // a thread that is done takes the next
     Fence fence(uint64_t) override { return nullptr; }
     bool order_after_loads(uint64_t) override { return false; }
     bool copy(unsigned, Direction direction, const std::vector<BlockShard>& shards, const Fence&,

@@ -24,7 +24,7 @@ namespace {
 
 constexpr unsigned kThreads = 4;  // even ones load, odd ones store
 constexpr unsigned kThreadsEach = kThreads / 2;
-constexpr uint64_t kBatchBytes = 256 << 20;  // 5 ms at the link's speed, for one wait of some 50 us
+constexpr uint64_t kBatchBytes = 512 << 20;  // 10 ms at the link's speed, for one wait of some 50 us
 constexpr int kFailuresInARow = 3;           // then the device is left alone
 constexpr auto kPopulatePoll = std::chrono::milliseconds(100);
 
@@ -42,7 +42,7 @@ class CudaBackend final : public CopyBackend {
 
     unsigned threads() const override { return kThreads; }
     bool serves(unsigned thread, Direction direction) const override { return direction_of(thread) == direction; }
-    size_t batch_blocks(size_t job_blocks) const override;
+    size_t batch_blocks(size_t job_blocks, size_t first) const override;
     Fence fence(uint64_t stream) override;
     bool order_after_loads(uint64_t stream) override;
     bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
@@ -225,11 +225,13 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
 }
 
 // As few batches as can be, each of which is waited for, but the same number for each thread: while one waits, the
-// other's copies go on. What one buffer holds is not worth a second wait.
-size_t CudaBackend::batch_blocks(size_t job_blocks) const {
+// other's copies go on. For that the first of many is half a one: they would all end in pairs, and the link would rest
+// while the next pair is being checked. What one buffer holds is not worth a second wait.
+size_t CudaBackend::batch_blocks(size_t job_blocks, size_t first) const {
     auto divide = [](uint64_t value, uint64_t by) { return (value + by - 1) / by; };
     uint64_t rounds = divide(job_blocks * payload_bytes(), kThreadsEach * kBatchBytes);
     uint64_t share = divide(job_blocks, kThreadsEach * rounds);
+    if (rounds > 1 && first == 0) share = divide(share, 2);
     return std::max<uint64_t>({share, kStagingBytes / payload_bytes(), 1});
 }
 

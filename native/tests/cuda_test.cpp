@@ -203,12 +203,20 @@ TEST(a_job_is_shared_out_evenly_in_batches_of_some_size) {
     populate(*slots.file);
     Memory memory(1, {1 << 20}, 0);
     auto backend = cuda_backend(slots.file, memory.regions, {0, CudaWay::kDriver, k13});
-    CHECK_EQ(backend->batch_blocks(1), 32u);
-    CHECK_EQ(backend->batch_blocks(64), 32u);
-    CHECK_EQ(backend->batch_blocks(100), 50u);
-    CHECK_EQ(backend->batch_blocks(512), 256u);
-    CHECK_EQ(backend->batch_blocks(513), 129u);
-    CHECK_EQ(backend->batch_blocks(2048), 256u);
+    auto batches = [&](size_t job_blocks) {
+        std::vector<size_t> sizes;
+        for (size_t first = 0; first < job_blocks; first += sizes.back()) {
+            sizes.push_back(std::min(backend->batch_blocks(job_blocks, first), job_blocks - first));
+        }
+        return sizes;
+    };
+    using Sizes = std::vector<size_t>;
+    CHECK(batches(1) == Sizes{1});
+    CHECK(batches(64) == (Sizes{32, 32}));
+    CHECK(batches(70) == (Sizes{35, 35}));
+    CHECK(batches(1024) == (Sizes{512, 512}));
+    CHECK(batches(1040) == (Sizes{130, 260, 260, 260, 130}));
+    CHECK(batches(2048) == (Sizes{256, 512, 512, 512, 256}));
 }
 
 // The engine gave its memory to the KV cache.
@@ -403,15 +411,15 @@ TEST(a_bad_block_beside_good_ones_is_left_out) {
     CHECK(device.memory.block(15) == before);
 }
 
-// 256 MiB are a batch: the job is stopped behind the batches under way.
+// 512 MiB are a batch, and the first is half a one: the job is stopped behind the batches under way.
 TEST(cancel_waits_for_the_batches_under_way_only) {
     Device device(CudaWay::kStaged);
     CHECK(all(device.store(), CopyStatus::kOk));
     device.slots.set_all(SlotState::kReady);
-    size_t batch = (256 << 20) / device.memory.block(0).size();
+    size_t batch = (512 << 20) / device.memory.block(0).size() / 2 * 2;
     std::vector<CopyBlock> blocks;
     for (uint32_t i = 0; i < 4 * batch; ++i) {  // no two batches write one block
-        blocks.push_back({device.slots.refs[i % 8], static_cast<uint32_t>(4 * (i / batch) + i % 4)});
+        blocks.push_back({device.slots.refs[i % 8], static_cast<uint32_t>(4 * ((i + batch / 2) / batch) + i % 4)});
     }
     device.cuda->hold(true);
     uint64_t waits = device.cuda->calls("cuStreamWaitEvent");
@@ -429,7 +437,7 @@ TEST(cancel_waits_for_the_batches_under_way_only) {
     device.memory.fill(3);  // ours again: a sanitizer objects if a copy is under way
     std::vector<CopyStatus> status = wait(*device.engine).status;
     CHECK(std::is_sorted(status.begin(), status.end()));
-    CHECK_EQ(std::count(status.begin(), status.end(), CopyStatus::kOk), static_cast<ptrdiff_t>(2 * batch));
+    CHECK_EQ(std::count(status.begin(), status.end(), CopyStatus::kOk), static_cast<ptrdiff_t>(batch / 2 + batch));
     CHECK(status.back() == CopyStatus::kCancelled);
 }
 

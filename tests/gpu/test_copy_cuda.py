@@ -416,7 +416,7 @@ def test_work_that_is_ordered_after_a_load_finds_its_bytes(
 
 
 def test_nothing_arrives_after_cancel(pool: Pool, way: str, stream: torch.cuda.Stream) -> None:
-    times = 5  # 640 MiB: four batches
+    times = 9  # 1.1 GiB: five batches
     kv = KV(64, blocks=times * COUNT)
     engine = start(pool, kv, way)
     refs = stored(pool, kv, engine)

@@ -53,7 +53,8 @@ class CopyBackend {
 
     virtual unsigned threads() const = 0;
     virtual bool serves(unsigned thread, Direction direction) const = 0;
-    virtual size_t batch_blocks(size_t job_blocks) const = 0;  // how many of a job's `copy` is given at once, at most
+    // How many of a job's blocks `copy` is given at once, at most, from block `first` on.
+    virtual size_t batch_blocks(size_t job_blocks, size_t first) const = 0;
     virtual Fence fence(uint64_t stream) = 0;
     // What `stream` is given from now on comes after all loads that are on the way. False: it does not.
     virtual bool order_after_loads(uint64_t stream) = 0;
