@@ -11,4 +11,4 @@ class AlwaysLoadConnector(KVPoolConnector):
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         if self._scheduler is not None:
-            self._scheduler._tradeoff.predict = lambda tokens, now_s: None
+            self._scheduler._tradeoff.predict = lambda *question: None

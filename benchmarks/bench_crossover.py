@@ -10,7 +10,8 @@ Prompts are of random tokens (seed 19), one at a time: so many as the table says
 same prompts, in turn with new ones that teach it what computing takes, in rounds of all lengths, in random order. The
 first two rounds are for learning and not counted. Predictions are those that the connector exports as metrics.
 
-Caveats. Nothing else runs on the engine: a load of a busy engine also hides behind the steps of other requests.
+Caveats. Nothing else runs on the engine, and the connector decides for a request alone. A load of a busy engine also
+hides behind the steps of other requests, which take their least time anyway: there it loads from fewer tokens on.
 """
 
 from __future__ import annotations

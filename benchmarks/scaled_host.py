@@ -138,7 +138,7 @@ class SimulatedHost:
         """As `connector.loads.LoadPlanner`."""
         if tokens < max(1, self.model.connector.min_load_tokens):
             return False
-        prediction = self.tradeoff.predict(tokens, now_s)
+        prediction = self.tradeoff.predict(tokens, rest=0, alone=False, now_s=now_s)
         return prediction is None or prediction.load_is_faster
 
     def pull_within_s(self, tokens: int, now_s: float) -> float:
@@ -146,7 +146,7 @@ class SimulatedHost:
         config = self.model.connector
         if tokens < max(1, config.min_remote_tokens):
             return 0.0
-        prediction = self.tradeoff.predict(tokens, now_s)
+        prediction = self.tradeoff.predict(tokens, rest=0, alone=False, now_s=now_s)
         worth_s = tokens / config.prefill_tokens_per_s
         if prediction is not None:
             worth_s = prediction.compute_s - prediction.load_s
@@ -182,8 +182,9 @@ class SimulatedHost:
         return done_s
 
     def compute(self, tokens: int, arrived_s: float, ready_s: float) -> tuple[float, float]:
-        """When the first token is there, and how long the computation took. Who waits for a load holds up nobody."""
+        """When the first token is there, and how long the computation took: in proportion to its tokens, steps have
+        no floor here. Who waits for a load holds up nobody."""
         taken_s = tokens / self.model.prefill_tokens_per_s
         self.engine.prefill_free_s = max(self.engine.prefill_free_s, arrived_s) + taken_s
-        self.tradeoff.computed(tokens, taken_s)
+        self.tradeoff.computed(tokens, taken_s, alone=False)
         return max(self.engine.prefill_free_s, ready_s + taken_s), taken_s

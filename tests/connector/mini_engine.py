@@ -229,7 +229,7 @@ class MiniEngine:
         self._stats = KVPoolStats()
         if not learn and self.connector._scheduler is not None:
             # This model takes no time: every load would be found to be slower, and left.
-            self.connector._scheduler._tradeoff.computed = lambda tokens, seconds: None
+            self.connector._scheduler._tradeoff.computed = lambda *prefill: None
 
     def wait_connected(self) -> None:
         """As an engine is some milliseconds after its first request."""

@@ -111,11 +111,13 @@ class LoadPlanner:
             miss = "short"
         if miss:
             return Lookup(refs, first, miss)
-        return self._compared(refs, first, num_blocks)
+        return self._compared(record, refs, first)
 
-    def _compared(self, refs: SlotRefs, first: int, num_blocks: int) -> Lookup:
-        num_tokens = num_blocks * self._link.block_tokens
-        prediction = self._tradeoff.predict(num_tokens, time.monotonic())
+    def _compared(self, record: RequestRecord, refs: SlotRefs, first: int) -> Lookup:
+        end = num_refs(refs)
+        num_tokens = (end - first) * self._link.block_tokens
+        rest = record.request.num_tokens - end * self._link.block_tokens
+        prediction = self._tradeoff.predict(num_tokens, rest, record.alone, time.monotonic())
         load = prediction is None or prediction.load_is_faster
         return Lookup(refs, first, "" if load else "slower", prediction)
 

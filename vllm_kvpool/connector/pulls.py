@@ -84,7 +84,7 @@ class PullPlanner:
         if tokens < self._min_tokens:
             return False
         record.pull_asked = True
-        within_ms = min(self._deadline_ms, self._worth_ms(tokens))
+        within_ms = min(self._deadline_ms, self._worth_ms(record, tokens, end))
         if within_ms <= 0:
             return False
         keys = record.keys(self._link.mask)
@@ -98,9 +98,10 @@ class PullPlanner:
         record.pull_due_ms = now_ms() + within_ms + REPLY_GRACE_MS
         return True
 
-    def _worth_ms(self, tokens: int) -> int:
-        """How much sooner they can be loaded than computed, once they are here."""
-        prediction = self._tradeoff.predict(tokens, time.monotonic())
+    def _worth_ms(self, record: RequestRecord, tokens: int, end: int) -> int:
+        """How much sooner the `tokens` before block `end` can be loaded than computed, once they are here."""
+        rest = record.request.num_tokens - end * self._link.block_tokens
+        prediction = self._tradeoff.predict(tokens, rest, record.alone, time.monotonic())
         if prediction is None:
             return tokens * 1_000 // self._tokens_per_s
         return int((prediction.compute_s - prediction.load_s) * 1_000)

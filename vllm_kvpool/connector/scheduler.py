@@ -69,6 +69,7 @@ class SchedulerSide:
             record.ambiguous_lora = True
         record.may_store = hints.store and not record.ambiguous_lora
         self._records[request.request_id] = record
+        self._prefills.joined()
         if self._link.mask:
             record.keys(self._link.mask)  # most of a lookup's time, spent before it is waited for
         return record
@@ -77,10 +78,16 @@ class SchedulerSide:
         """MultiConnector of older versions does not announce requests."""
         return self._records.get(request.request_id) or self.add_request(request)
 
+    @property
+    def _alone(self) -> bool:
+        """Whether there is one request in the engine."""
+        return len(self._records) == 1
+
     def look_up(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         record = self._record(request)
         if self._link.settling:
             return None, False
+        record.alone = self._alone
         record.lookup = self._loads.look_up(record, num_computed_tokens)
         if self._pulls.puts_off(record, record.lookup, self._loads.end(record)):
             record.lookup = None
@@ -116,7 +123,7 @@ class SchedulerSide:
             record = self._records[request_id]
             if replace:
                 record.block_ids = list(block_ids)
-                self._prefills.scheduled(record.request, num_computed, now_s)
+                self._prefills.scheduled(record.request, num_computed, now_s, alone=self._alone)
             elif block_ids:
                 record.block_ids.extend(block_ids)
             if connected:
@@ -127,8 +134,8 @@ class SchedulerSide:
         return KVPoolMetadata(attachment, loads, stores, output.total_num_scheduled_tokens > 0)
 
     def _learn_prefills(self, now_s: float) -> None:
-        for num_tokens, seconds in self._prefills.take_finished(now_s):
-            self._tradeoff.computed(num_tokens, seconds)
+        for prefill in self._prefills.take_finished(now_s):
+            self._tradeoff.computed(*prefill)
 
     def _attachment(self, needed: bool) -> PoolAttachment | None:
         if not needed and not self._link.connected:
