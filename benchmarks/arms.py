@@ -1,103 +1,39 @@
-"""The arms of a comparison on a GPU: an engine each, in a process of its own, with what it needs beside it.
+"""The arms of a comparison on a GPU: our connector, no connector, and the peers, each with what it needs beside it.
 
-An arm that fails says why and costs the others nothing. `run_script` is the main of all these scripts.
+`take_turns` runs them side by side: the engines of all arms live at the same time on the same GPU, and only one of them
+works at any moment. An arm that fails says why and costs the others nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
-import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offline import MODEL_SHAPES, make_model
-from benchmarks.processes import ChildProcess, PoolDaemon, free_port, kv_transfer_config
+from benchmarks.engine_child import QUIET, Arm, player
+from benchmarks.populated_pool import POOL, pool_daemon, pool_log_lines
+from benchmarks.processes import ChildProcess, free_port, kv_transfer_config
 from benchmarks.report import write_json
-from vllm_kvpool.channel import call_daemon
-from vllm_kvpool.config import SHM_DIR, parse_size
-from vllm_kvpool.errors import KVPoolError, PoolUnavailable
-from vllm_kvpool.protocol import Stats, StatsReply
+from benchmarks.turns import Player, rounds
+from vllm_kvpool.config import parse_size
+from vllm_kvpool.errors import KVPoolError
 
-POOL = f"bench-{os.getpid()}"
-PEER_BYTES = 40 << 30
 PEER_SERVER_S = 20.0
 """LMCache's server takes connections some time before it answers."""
-POPULATE_TIMEOUT_S = 180.0
 POOL_ARMS = ("kvpool", "kvpool-other")
 PEERS = ("offloading", "simple", "lmcache", "lmcache-mp")
-QUIET = {
-    "PYTHONHASHSEED": "0",
-    "PYTHONUNBUFFERED": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TRANSFORMERS_OFFLINE": "1",
-    "LMCACHE_TRACK_USAGE": "false",
-}
-LMCACHE_ENV = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(PEER_BYTES >> 30)}
+PROGRESS_S = 15.0
 LMCACHE_SERVER = (
     "import sys; from lmcache.cli.main import main; "
     "sys.argv = ['lmcache', 'server', '--host', '127.0.0.1', '--port', '{port}', "
     "'--l1-size-gb', '{gib}', '--eviction-policy', 'LRU']; main()"
 )
-
-
-@dataclass(frozen=True)
-class Arm:
-    name: str
-    transfer: dict[str, Any] | None = None
-    env: dict[str, str] = field(default_factory=dict)
-
-
-def transfer_of(connector: str, extra: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    transfer = {"kv_connector": connector, "kv_role": "kv_both", **more}
-    return transfer if extra is None else {**transfer, "kv_connector_extra_config": extra}
-
-
-def script_parser(text: str | None) -> argparse.ArgumentParser:
-    """With the options of every script. `text`: its docstring."""
-    parser = argparse.ArgumentParser(
-        description=text, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_engine_options(parser)
-    return parser
-
-
-def run_script(
-    parser: argparse.ArgumentParser,
-    run_job: Callable[[dict[str, Any]], None],
-    measure: Callable[[argparse.Namespace, Path], dict[str, Any]],
-    report: Callable[[dict[str, Any]], None],
-) -> None:
-    """`measure` starts the arms by `run_child`: the same script again, which then does `run_job`."""
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        run_job(json.loads(args.child.read_text()))
-        return
-    with work_folder() as folder:
-        make_model(folder / "model", args.size)
-        results = measure(args, folder)
-    report(results)
-    if args.json:
-        write_json(args.json, results)
-
-
-def numbers(text: str) -> list[int]:
-    """An option's value, as in 1,8,32."""
-    return [int(number) for number in text.split(",")]
 
 
 def add_arms(parser: argparse.ArgumentParser, arms: str) -> None:
@@ -111,28 +47,14 @@ def add_arms(parser: argparse.ArgumentParser, arms: str) -> None:
     )
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size", choices=tuple(MODEL_SHAPES), default="8b", help="shape of the model"
-    )
-    parser.add_argument("--pool-size", default="48GiB")
-    parser.add_argument("--shm-dir", default=SHM_DIR, help="where the pool lies: a tmpfs")
-    parser.add_argument("--checksum", choices=("off", "sampled", "all"), default="sampled")
-    parser.add_argument("--kv-cache-dtype", default="auto", help='for example "fp8"')
-    parser.add_argument("--runner", choices=("auto", "v1", "v2"), default="auto")
-    parser.add_argument("--gpu-share", type=float, default=0.5, help="of the GPU's memory")
-    parser.add_argument("--timeout-s", type=float, default=240, help="for one arm")
-    parser.add_argument("--engine", type=json.loads, default={}, help="more options of the engines")
-    parser.add_argument("--json", type=Path)
-
-
-def runner_env(runner: str) -> dict[str, str]:
-    return {} if runner == "auto" else {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
-
-
 def kind_of(name: str) -> str:
     """ "kvpool" of "kvpool+checksum=off"."""
     return name.partition("+")[0]
+
+
+def transfer_of(connector: str, extra: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    transfer = {"kv_connector": connector, "kv_role": "kv_both", **more}
+    return transfer if extra is None else {**transfer, "kv_connector_extra_config": extra}
 
 
 def kvpool_arm(name: str, args: argparse.Namespace, folder: Path) -> Arm:
@@ -143,23 +65,29 @@ def kvpool_arm(name: str, args: argparse.Namespace, folder: Path) -> Arm:
     if not getattr(args, "trace", False):
         return Arm(name, kv_transfer_config(extra))
     traced = ("TracedKVPoolConnector", "benchmarks.traced_connector")
-    env = {"KVPOOL_TRACE": str(folder / f"{name}-trace.json")}
+    env = {"KVPOOL_TRACE": str(trace_file(folder, name))}
     return Arm(name, kv_transfer_config(extra, connector=traced), env)
 
 
+def trace_file(folder: Path, arm: str) -> Path:
+    return folder / f"{arm}-trace.json"
+
+
 @contextlib.contextmanager
-def peer_arm(name: str, folder: Path) -> Iterator[Arm]:
+def peer_arm(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Arm]:
     """With its server running, if it has one."""
-    memory = {"cpu_bytes_to_use": PEER_BYTES}
+    num_bytes = parse_size("pool-size", args.pool_size, 0)
+    memory, gib = {"cpu_bytes_to_use": num_bytes}, num_bytes >> 30
     if name == "offloading":
         yield Arm(name, transfer_of("OffloadingConnector", memory))
     elif name == "simple":
         yield Arm(name, transfer_of("SimpleCPUOffloadConnector", memory))
     elif name == "lmcache":
-        yield Arm(name, transfer_of("LMCacheConnectorV1"), LMCACHE_ENV)
+        env = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(gib)}
+        yield Arm(name, transfer_of("LMCacheConnectorV1"), env)
     elif name == "lmcache-mp":
         port = free_port()
-        with lmcache_server(port, folder):
+        with lmcache_server(port, gib, folder):
             extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
             module = "lmcache.integration.vllm.lmcache_mp_connector"
             yield Arm(
@@ -171,8 +99,8 @@ def peer_arm(name: str, folder: Path) -> Iterator[Arm]:
 
 
 @contextlib.contextmanager
-def lmcache_server(port: int, folder: Path) -> Iterator[None]:
-    code = LMCACHE_SERVER.format(port=port, gib=PEER_BYTES >> 30)
+def lmcache_server(port: int, gib: int, folder: Path) -> Iterator[None]:
+    code = LMCACHE_SERVER.format(port=port, gib=gib)
     server = ChildProcess([sys.executable, "-c", code], folder / "lmcache-server.log", QUIET)
     with server:
         ready = time.monotonic() + PEER_SERVER_S
@@ -189,156 +117,67 @@ def _answers(port: int) -> bool:
     return False
 
 
-# the pool -------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def pool_daemon(args: argparse.Namespace, folder: Path) -> Iterator[str]:
-    """A populated pool, gone afterwards; what there is to say about it."""
-    size, note = fitting_size(args.pool_size, args.shm_dir)
-    daemon = PoolDaemon(folder / "daemon.log", name=POOL, size=str(size), shm_dir=args.shm_dir)
-    try:
-        with daemon:
-            begun = time.monotonic()
-            wait_populated(daemon)
-            seconds = time.monotonic() - begun
-            yield f"{note}pool of {size / 2**30:.0f} GiB, populated {seconds:.0f} s after its start"
-    finally:
-        shutil.rmtree(daemon.folder, ignore_errors=True)
-
-
-def fitting_size(wanted: str, shm_dir: str) -> tuple[int, str]:
-    usage = shutil.disk_usage(shm_dir)
-    size = parse_size("pool-size", wanted, usage.total)
-    if size <= usage.free * 0.98:
-        return size, ""
-    smaller = int(usage.free * 0.9)
-    note = (
-        f"ATTENTION: {shm_dir} has {usage.free / 2**30:.1f} GiB free, too little for a pool of {wanted}: "
-        "blocks may be evicted before they are asked for. Give --shm-dir a larger tmpfs. "
-    )
-    print(note, flush=True)
-    return smaller, note
-
-
-def wait_populated(daemon: PoolDaemon) -> None:
-    give_up = time.monotonic() + POPULATE_TIMEOUT_S
-    while time.monotonic() < give_up and daemon.running:
-        with contextlib.suppress(PoolUnavailable):
-            reply = call_daemon(daemon.paths, Stats())
-            assert isinstance(reply, StatsReply)
-            if reply.pool["populated_slabs"] == reply.pool["num_slabs"]:
-                return
-            if reply.pool["prefault_error"]:
-                print(f"ATTENTION: {reply.pool['prefault_error']}", flush=True)
-                return
-        time.sleep(0.2)
-    raise daemon.fail("the pool was not populated")
-
-
 # all arms -------------------------------------------------------------------------------------------
 
 
-def run_arms(
-    names: list[str], run: Callable[[Arm], None], args: argparse.Namespace, folder: Path
-) -> list[str]:
-    """`run` each arm, those of our own pool one after the other with one daemon. Returns notes."""
-    notes: list[str] = []
+def take_turns(
+    module: str,
+    job_of: Callable[[str], dict[str, Any]],
+    results: dict[str, Any],
+    folder: Path,
+    args: argparse.Namespace,
+) -> None:
+    """The engines of `args.arms`, of our own pool with one daemon. `results["turns"]` gets the values of each arm's
+    turns, by its name, and `args.json` all results after each round; `results["notes"]` what there is to say.
+    SIGTERM ends it early. `job_of`: what the arm of that name is to do."""
+    names = args.arms.split(",")
+    turns, notes = results.setdefault("turns", {}), results.setdefault("notes", [])
     pool_names = [name for name in names if kind_of(name) in POOL_ARMS]
-    for name in names:
-        try:
-            if name not in pool_names:
-                with peer_arm(name, folder) as arm:
-                    run(arm)
-            elif name == pool_names[0]:
-                with pool_daemon(args, folder) as note:
-                    notes.append(note)
-                    for one in pool_names:
-                        run(kvpool_arm(one, args, folder))
-        except (KVPoolError, RuntimeError, OSError, subprocess.SubprocessError) as error:
-            print(f"{name}: FAILED: {str(error)[-2000:]}", flush=True)
-        except SystemExit:
-            notes.append(f"stopped in {name}: the results are those until then")
-            break
+    try:
+        with contextlib.ExitStack() as stack:
+            if pool_names:
+                notes.append(stack.enter_context(pool_daemon(args, folder)))
+            arms = [arm for name in names if (arm := start_arm(name, stack, args, folder))]
+            players = [player(module, arm, job_of(arm.name), folder, args) for arm in arms]
+            turns |= {one.name: one.values for one in players}
+            _play(players, stack, results, args)
+    except SystemExit:
+        notes.append("stopped before the end: the results are those until then")
     for name in pool_names:
         notes += pool_log_lines(folder, name)
-    return notes
 
 
-# a run of an arm --------------------------------------------------------------------------------------
-
-
-def run_child(
-    module: str, arm: Arm, job: dict[str, Any], folder: Path, args: argparse.Namespace
-) -> dict[str, Any] | None:
-    """What `python -m module --child JOB` has written by its end, None for nothing; when it fails,
-    the end of its log is shown. `args.engine`: further options of the engine."""
-    job = {
-        **job,
-        "transfer": arm.transfer,
-        "model": str(folder / "model"),
-        "size": args.size,
-        "result": str(folder / f"{arm.name}.json"),
-        "engine": {
-            "gpu_memory_utilization": args.gpu_share,
-            "kv_cache_dtype": args.kv_cache_dtype,
-            **args.engine,
-        },
-    }
-    path, log = folder / f"{arm.name}-job.json", folder / f"{arm.name}.log"
-    path.write_text(json.dumps(job))
-    env = {**QUIET, **runner_env(args.runner), **arm.env}
-    child = ChildProcess([sys.executable, "-m", module, "--child", str(path)], log, env)
-    begun = time.monotonic()
-    print(f"{arm.name}: started", flush=True)
-    with child:
-        assert child.process is not None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.process.wait(args.timeout_s)
-        status = child.process.poll()
-    took = f"{time.monotonic() - begun:.0f} s"
-    if status == 0:
-        print(f"{arm.name}: done in {took}", flush=True)
-    else:
-        what = "timeout" if status is None else f"exit status {status}"
-        print_failure(arm.name, what, took, log)
-    result = Path(job["result"])
-    if not result.exists():
+def start_arm(
+    name: str, stack: contextlib.ExitStack, args: argparse.Namespace, folder: Path
+) -> Arm | None:
+    """None: what it needs beside it failed, and that was told."""
+    if kind_of(name) in POOL_ARMS:
+        return kvpool_arm(name, args, folder)
+    try:
+        return stack.enter_context(peer_arm(name, args, folder))
+    except (KVPoolError, RuntimeError, OSError, subprocess.SubprocessError) as error:
+        print(f"{name}: FAILED: {str(error)[-2000:]}", flush=True)
         return None
-    values: dict[str, Any] = json.loads(result.read_text())
-    return values
 
 
-def print_failure(name: str, what: str, took: str, log: Path) -> None:
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    causes = [line for line in lines if "Error" in line][:4]
-    print(f"{name}: FAILED after {took}: {what}")
-    print("\n".join(f"    {line[:300]}" for line in [*causes, "...", *lines[-12:]]), flush=True)
-
-
-@contextlib.contextmanager
-def work_folder() -> Iterator[Path]:
-    """For the model and the logs; it stays. SIGTERM ends the run as an error does, so that no engine and no pool is
-    left behind, and what has been measured is told."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    folder = Path(tempfile.mkdtemp(prefix="kvpool-bench-"))
-    print(f"logs: {folder}", flush=True)
-    yield folder
-
-
-def measure_link(gib: float = 2) -> dict[str, float] | None:
-    """In a process of its own, which leaves nothing on the GPU; None where there is none."""
-    command = [sys.executable, "-m", "benchmarks.pinned", "--gib", str(gib)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        print(f"the link could not be measured: {done.stderr[-300:]}", flush=True)
-        return None
-    rates: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return rates
-
-
-def pool_log_lines(folder: Path, arm: str) -> list[str]:
-    """What our own connector complained about, for the report."""
-    log = folder / f"{arm}.log"
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    return [line[:300] for line in lines if "KV pool:" in line][:10]
+def _play(
+    players: list[Player],
+    stack: contextlib.ExitStack,
+    results: dict[str, Any],
+    args: argparse.Namespace,
+) -> None:
+    begun = told = time.monotonic()
+    print(f"starting {', '.join(one.name for one in players)}", flush=True)
+    for one in players:
+        stack.enter_context(one)
+    for number, playing in enumerate(rounds(players, args.timeout_s)):
+        now = time.monotonic()
+        if number == 0:
+            names = ", ".join(one.name for one in playing)
+            print(f"ready after {now - begun:.0f} s: {names}", flush=True)
+        elif now > told + PROGRESS_S:
+            told = now
+            print(f"{number} rounds, {now - begun:.0f} s", flush=True)
+        if args.json:
+            write_json(args.json, results)
+    print(f"all turns over after {time.monotonic() - begun:.0f} s", flush=True)

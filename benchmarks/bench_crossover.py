@@ -24,16 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import (
-    Arm,
-    kvpool_arm,
-    numbers,
-    pool_daemon,
-    run_child,
-    run_script,
-    script_parser,
-)
+from benchmarks.arms import kvpool_arm
+from benchmarks.engine_child import Arm, run_child
+from benchmarks.gpu_script import numbers, run_script, script_parser
 from benchmarks.offline import OfflineEngine, random_prompt
+from benchmarks.populated_pool import pool_daemon
 from benchmarks.processes import kv_transfer_config
 from benchmarks.svg_plot import curves
 

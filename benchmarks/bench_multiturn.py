@@ -2,50 +2,48 @@
 
     python -m benchmarks.bench_multiturn [--arms none,kvpool,offloading] [--concurrency 1,8,32] [--json FILE]
 
-One engine an arm, in a process of its own, with the shape of Llama 3 8B and dummy weights in bfloat16, CUDA graphs for
-decoding. 96 users have sent a first message of 2,048 random tokens (seed 13), all at once, which is not timed. Then
-each turn says 128 tokens more, behind the conversation so far, and gets 8 tokens: one round of all users with one
-request under way, two rounds with 8, two with 32. The order of users is drawn anew for each round. The KV cache has
-room for a third of what they all have said in the end (`--share`), so that most of a conversation was dropped by the
-time it goes on.
+One engine an arm, with the shape of Llama 3 8B and dummy weights in bfloat16, CUDA graphs for decoding. 96 users have
+sent a first message of 2,048 random tokens (seed 13), all at once, which is not timed. Then each turn says 128 tokens
+more, behind the conversation so far, and gets 8 tokens: one round of all users with one request under way, two rounds
+with 8, two with 32. The order of users is drawn anew for each round. The KV cache has room for a third of what they all
+have said in the end (`--share`), so that most of a conversation was dropped by the time it goes on.
 
-Each concurrency ends after `--limit-s` seconds, with what was done by then; results are printed and written after each
-arm. The counters in the JSON file say what our connector did meanwhile.
+All engines live at the same time and take turns (see the module `turns`): each goes on with its conversations for a
+slice of 12 turns (1 at once), 32 (8) or 64 (32), until all of these have ended; then the next engine has its slice. The
+figures are over all slices of a concurrency, and seconds those within them. The median of each slice is told too: what
+the machine did to all arms shows there.
 
-Caveats. Users answer at once: there is no time to think, which would be time to store. `tokens/s` counts prompt tokens,
-cached or not. An arm that reaches the time limit has shorter conversations afterwards than one that does not.
+A slice begins no turn after `--limit-s` seconds. With `--json` the counters say what our connector did in each slice;
+`--trace` tells what the requests of ours waited for, step by step.
+
+Caveats. Users answer at once: there is no time to think, which would be time to store. At the end of a slice the engine
+runs empty, which costs throughput, all arms alike. `tokens/s` counts prompt tokens, cached or not. An arm that reaches
+the time limit has shorter conversations afterwards than one that does not.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import (
-    Arm,
-    add_arms,
-    numbers,
-    run_arms,
-    run_child,
-    run_script,
-    script_parser,
-)
-from benchmarks.offline import OfflineEngine, random_prompt
-from benchmarks.report import percentile, write_json
+from benchmarks.arms import POOL_ARMS, add_arms, kind_of, take_turns, trace_file
+from benchmarks.gpu_script import numbers, run_script, script_parser
+from benchmarks.offline import OfflineEngine, kv_bytes_per_token, random_prompt
+from benchmarks.report import percentile
+from benchmarks.traced_steps import STEPS, by_step, spans_of, told, traced_requests
 
 MODULE = "benchmarks.bench_multiturn"
 ARMS = "none,kvpool,offloading,simple"
 SEED = 13
 MORE_TOKENS, OUTPUT_TOKENS = 128, 8
-BLOCK_TOKENS = 16
-"""vLLM's default on a GPU; `--engine` may say otherwise."""
+BATCHED_TOKENS = 4_096
+"""A step of 32 turns of 128 tokens; more would need memory that the KV cache of a fifth engine needs."""
 GRAPH_SIZES = [1, 2, 4, 8, 16, 32]
 
 
@@ -70,16 +68,19 @@ class Conversations:
         self._texts: list[list[int]] = [[] for _ in range(users)]
         self._asked = 0
 
-    def go_on(
-        self, num_tokens: int, rounds: int, concurrency: int, limit_s: float
-    ) -> dict[str, Any]:
-        """Everybody says `num_tokens` more, `rounds` times; nobody begins after `limit_s`."""
+    def order(self, rounds: int) -> list[int]:
+        """Of users."""
         users = range(len(self._texts))
-        waiting = deque(
-            user for _ in range(rounds) for user in self._draw.sample(users, len(users))
-        )
+        return [user for _ in range(rounds) for user in self._draw.sample(users, len(users))]
+
+    def go_on(
+        self, users: list[int], num_tokens: int, concurrency: int, limit_s: float
+    ) -> dict[str, Any]:
+        """They say `num_tokens` more, one after the other; nobody begins after `limit_s`."""
+        waiting = deque(users)
         busy: dict[str, Turn] = {}
         ended: list[Turn] = []
+        counted = self._engine.counters()
         begun_s = time.perf_counter()
         while waiting or busy:
             while waiting and len(busy) < concurrency and is_free(waiting[0], busy.values()):
@@ -87,14 +88,19 @@ class Conversations:
             ended += self._step(busy)
             if time.perf_counter() > begun_s + limit_s:
                 waiting.clear()
+        seconds = time.perf_counter() - begun_s
         return {
             "concurrency": concurrency,
             "turns": len(ended),
-            "planned_turns": rounds * len(users),
-            "seconds": time.perf_counter() - begun_s,
+            "planned_turns": len(users),
+            "begun_s": begun_s,
+            "seconds": seconds,
             "ttft_ms": [turn.ttft_ms for turn in ended],
             "prompt_tokens": sum(turn.prompt_tokens for turn in ended),
             "cached_tokens": sum(turn.cached_tokens for turn in ended),
+            "counters": {
+                name: value - counted[name] for name, value in self._engine.counters().items()
+            },
         }
 
     def _ask(self, user: int, num_tokens: int, busy: dict[str, Turn]) -> None:
@@ -104,7 +110,7 @@ class Conversations:
         request_id = f"turn-{self._asked}"
         busy[request_id] = Turn(user, len(text), time.perf_counter())
         self._engine.llm.llm_engine.add_request(
-            request_id, {"prompt_token_ids": list(text)}, self._engine.sampling(OUTPUT_TOKENS)
+            request_id, self._engine.salted(list(text)), self._engine.sampling(OUTPUT_TOKENS)
         )
 
     def _step(self, busy: dict[str, Turn]) -> list[Turn]:
@@ -126,96 +132,165 @@ def is_free(user: int, turns: Iterable[Turn]) -> bool:
     return all(turn.user != user for turn in turns)
 
 
-def run_job(job: dict[str, Any]) -> None:
+def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     options = {
         "max_num_seqs": GRAPH_SIZES[-1],
-        "num_gpu_blocks_override": job["num_blocks"],
+        "max_model_len": job["longest"],
         "compilation_config": {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": GRAPH_SIZES,
         },
     }
-    engine = OfflineEngine(job["model"], job["transfer"], **(options | job["engine"]))
+    engine = OfflineEngine(
+        job["model"], job["transfer"], salt=job["salt"], **(options | job["engine"])
+    )
     engine.generate(random_prompt(random.Random(SEED), job["first_tokens"]), OUTPUT_TOKENS)
     talks = Conversations(engine, job["users"])
-    first = talks.go_on(job["first_tokens"], 1, GRAPH_SIZES[-1], job["limit_s"])
-    print(f"first messages: {first['turns']} in {first['seconds']:.1f} s", flush=True)
-    passes = []
-    counted = engine.counters()
+    yield {"start_s": engine.start_s}
+    yield talks.go_on(talks.order(1), job["first_tokens"], GRAPH_SIZES[-1], job["first_limit_s"])
     for concurrency in job["concurrency"]:
-        rounds = 1 if concurrency == 1 else 2
-        one = talks.go_on(MORE_TOKENS, rounds, concurrency, job["limit_s"])
-        before, counted = counted, engine.counters()
-        one["counters"] = {name: value - before[name] for name, value in counted.items()}
-        passes.append(one)
-        print(f"{concurrency} at once done in {one['seconds']:.1f} s", flush=True)
-        result = {"start_s": engine.start_s, "first_s": first["seconds"], "passes": passes}
-        Path(job["result"]).write_text(json.dumps(result))
+        users = talks.order(num_rounds(concurrency))
+        size = slice_turns(concurrency)
+        for first in range(0, len(users), size):
+            some = users[first : first + size]
+            yield talks.go_on(some, MORE_TOKENS, concurrency, job["limit_s"])
+
+
+def num_rounds(concurrency: int) -> int:
+    return 1 if concurrency == 1 else 2
+
+
+def slice_turns(concurrency: int) -> int:
+    return 12 if concurrency == 1 else max(32, 2 * concurrency)
 
 
 # all arms -----------------------------------------------------------------------------------------
 
 
-def num_blocks(args: argparse.Namespace) -> int:
-    rounds = sum(1 if one == 1 else 2 for one in args.concurrency)
-    longest = args.first_tokens + OUTPUT_TOKENS + rounds * (MORE_TOKENS + OUTPUT_TOKENS)
-    block_tokens = args.engine.get("block_size", BLOCK_TOKENS)
-    return int(args.users * longest * args.share) // block_tokens
+def longest_tokens(args: argparse.Namespace) -> int:
+    """A conversation in the end."""
+    rounds = sum(num_rounds(concurrency) for concurrency in args.concurrency)
+    return args.first_tokens + OUTPUT_TOKENS + rounds * (MORE_TOKENS + OUTPUT_TOKENS)
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    longest = longest_tokens(args)
+    token_bytes = kv_bytes_per_token(args.size, args.kv_cache_dtype)
+    if args.kv_gib is None:
+        args.kv_gib = args.users * longest * args.share * token_bytes / 2**30
+    args.engine = {"max_num_batched_tokens": BATCHED_TOKENS, **args.engine}
     job = {
         "users": args.users,
         "first_tokens": args.first_tokens,
-        "num_blocks": num_blocks(args),
+        "longest": longest,
         "concurrency": args.concurrency,
         "limit_s": args.limit_s,
+        "first_limit_s": args.timeout_s,
     }
-    results: dict[str, Any] = {**job, "arms": {}}
+    results: dict[str, Any] = {**job, "kv_gib": args.kv_gib}
 
-    def run(arm: Arm) -> None:
-        result = run_child(MODULE, arm, job, folder, args)
-        if result is None:
-            return
-        results["arms"][arm.name] = result
-        print_rows(arm.name, result)
-        if args.json:
-            write_json(args.json, results)
+    def job_of(name: str) -> dict[str, Any]:
+        return {**job, "salt": name if kind_of(name) in POOL_ARMS else ""}
 
-    results["notes"] = run_arms(args.arms.split(","), run, args, folder)
+    take_turns(MODULE, job_of, results, folder, args)
+    turns = results["turns"]
+    results["table"] = [
+        summary(name, slices)
+        for name in turns
+        for concurrency in args.concurrency
+        if (slices := slices_of(turns[name], concurrency))
+    ]
+    results["trace"] = {
+        name: trace(turns[name], args.concurrency, trace_file(folder, name))
+        for name in turns
+        if trace_file(folder, name).exists()
+    }
     return results
 
 
-def print_rows(name: str, arm: dict[str, Any]) -> None:
-    for one in arm["passes"]:
-        seconds = one["seconds"]
-        cells = [name, str(one["concurrency"]), f"{one['turns']}/{one['planned_turns']}"]
-        cells += [f"{percentile(one['ttft_ms'], p):.0f}" for p in (0.5, 0.95)]
-        cells += [f"{one['turns'] / seconds:.1f}", f"{one['prompt_tokens'] / seconds:,.0f}"]
-        cells.append(f"{one['cached_tokens'] / one['prompt_tokens']:.0%}")
-        print("| " + " | ".join(cells) + " |", flush=True)
+def slices_of(turns: list[Any], concurrency: int) -> list[dict[str, Any]]:
+    """The first value tells of the start, the second of the first messages."""
+    return [one for one in turns[2:] if one["concurrency"] == concurrency]
+
+
+def summary(name: str, slices: list[dict[str, Any]]) -> dict[str, Any]:
+    sums = ("turns", "planned_turns", "seconds", "prompt_tokens", "cached_tokens")
+    line = {figure: sum(one[figure] for one in slices) for figure in sums}
+    ttft_ms = [ms for one in slices for ms in one["ttft_ms"]]
+    quantiles = {f"ttft_p{p}": percentile(ttft_ms, p / 100) for p in (50, 95)}
+    return {"arm": name, "concurrency": slices[0]["concurrency"], **line, **quantiles}
+
+
+def trace(turns: list[Any], concurrencies: list[int], path: Path) -> list[dict[str, Any]]:
+    """Milliseconds between the steps of the requests, by how many were under way."""
+    requests = traced_requests(path)
+    lines = []
+    for concurrency in concurrencies:
+        spans = [
+            spans_of(found, found["arrived"])
+            for one in slices_of(turns, concurrency)
+            for found in requests
+            if 0 < found["arrived"] - one["begun_s"] < one["seconds"]
+        ]
+        lines.append({"concurrency": concurrency, "steps": by_step(spans, (*STEPS, "launch_cpu"))})
+    return lines
+
+
+# the report ---------------------------------------------------------------------------------------
 
 
 def print_results(results: dict[str, Any]) -> None:
     print("\n" + "\n".join(results["notes"]))
+    print_slices(results["turns"], results["concurrency"])
     print(
-        f"\n{results['users']} conversations, {results['num_blocks']:,} blocks of KV cache\n\n"
+        f"\n{results['users']} conversations, {results['kv_gib']:.1f} GiB of KV cache\n\n"
         "| arm | at once | turns | TTFT p50, ms | p95, ms | turns/s | tokens/s | cached |\n"
         "|---|---:|---:|---:|---:|---:|---:|---:|"
     )
-    for name, arm in results["arms"].items():
-        print_rows(name, arm)
+    for line in results["table"]:
+        print_row(line)
+    for name, lines in results["trace"].items():
+        print(f"\n{name}: ms to each step from the one before, median / p95")
+        for line in lines:
+            print(f"{line['concurrency']} at once: {told(line['steps'])}")
+
+
+def print_slices(turns: dict[str, list[Any]], concurrencies: list[int]) -> None:
+    print("\nmedian TTFT of each slice, ms:\n")
+    print("| at once | slice | " + " | ".join(turns) + " |")
+    print("|---:|---:|" + "---:|" * len(turns))
+    for concurrency in concurrencies:
+        by_arm = [slices_of(values, concurrency) for values in turns.values()]
+        for number in range(max(map(len, by_arm), default=0)):
+            cells = [
+                f"{percentile(slices[number]['ttft_ms'], 0.5):.1f}" if number < len(slices) else ""
+                for slices in by_arm
+            ]
+            print("| " + " | ".join([str(concurrency), str(1 + number), *cells]) + " |")
+
+
+def print_row(line: dict[str, Any]) -> None:
+    seconds = line["seconds"]
+    cells = [line["arm"], str(line["concurrency"]), f"{line['turns']}/{line['planned_turns']}"]
+    cells += [f"{line[f'ttft_p{p}']:.1f}" for p in (50, 95)]
+    cells += [f"{line['turns'] / seconds:.1f}", f"{line['prompt_tokens'] / seconds:,.0f}"]
+    cells.append(f"{line['cached_tokens'] / line['prompt_tokens']:.0%}")
+    print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     add_arms(parser, ARMS)
+    parser.set_defaults(kv_gib=None, pool_size="34GiB")
     parser.add_argument("--concurrency", type=numbers, default="1,8,32")
     parser.add_argument("--users", type=int, default=96)
     parser.add_argument("--first-tokens", type=int, default=2_048)
     parser.add_argument("--share", type=float, default=1 / 3, help="of all that VRAM holds")
-    parser.add_argument("--limit-s", type=float, default=20, help="for one concurrency")
+    parser.add_argument("--limit-s", type=float, default=10, help="for one slice")
+    parser.add_argument(
+        "--trace", action="store_true", help="of our own arms: what a request waits for"
+    )
     run_script(parser, run_job, measure, print_results)
 
 

@@ -19,15 +19,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import (
-    Arm,
-    kvpool_arm,
-    pool_daemon,
-    run_child,
-    run_script,
-    script_parser,
-)
+from benchmarks.arms import kvpool_arm
+from benchmarks.engine_child import Arm, run_child
+from benchmarks.gpu_script import run_script, script_parser
 from benchmarks.offline import OfflineEngine, random_prompt
+from benchmarks.populated_pool import pool_daemon
 
 MODULE = "benchmarks.bench_start"
 PROMPT_TOKENS = 3_000
@@ -70,7 +66,7 @@ def print_results(results: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = script_parser(__doc__)
-    parser.set_defaults(size="tiny", pool_size="64GiB", gpu_share=0.1)
+    parser.set_defaults(size="tiny", pool_size="64GiB")
     parser.add_argument("--starts", type=int, default=3)
     run_script(parser, run_job, measure, print_results)
 

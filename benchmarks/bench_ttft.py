@@ -1,249 +1,267 @@
 """How long until the first token: recompute, VRAM hit, pool hit, and a hit on another engine's blocks?
 
-    python -m benchmarks.bench_ttft [--arms none,kvpool,kvpool-other] [--lengths 1024,8192,32768] [--json FILE]
+    python -m benchmarks.bench_ttft [--arms kvpool,kvpool-other,offloading] [--lengths 1024,8192,32768] [--json FILE]
 
-One engine an arm, in a process of its own, with the shape of Llama 3 8B and dummy weights in bfloat16; one request at a
-time, of random tokens (seed 7), one token each; the time is that of `LLM.generate`. For each length: new prompts
-(recompute), the same again (VRAM hit), and again with the engine's own prefix cache emptied before each (pool hit).
-`kvpool-other` is a second engine that starts after the one of `kvpool` is gone: its first requests find the other's
-blocks. Further prompts give 16 greedy tokens by recompute and by each kind of hit, which are compared. The other arms
-are peers, in the same run.
+One engine an arm, with the shape of Llama 3 8B and dummy weights in bfloat16; one request at a time, of random tokens
+(seed 7), one token each; the time is that of `LLM.generate`. All engines live at the same time and take turns (see
+`turns`); a turn is one timed request. For each prompt: new (recompute), again (VRAM hit), and again with the engine's
+own prefix cache emptied before (pool hit), one after the other in three rounds. `kvpool-other` is a second engine on
+the pool of `kvpool` that never computes a prompt: when `kvpool` has computed and stored it in the first round, it finds
+it in the second (pool hit) and has it in the third (VRAM hit). The first prompt of each length warms up and is not
+counted. One further prompt gives 16 greedy tokens by each way; these and the one token of the others are compared.
+
+Two engines meet the same prompt within seconds, so they are compared by prompt: "hit - VRAM" is the median over the
+prompts of a pool hit less the VRAM hit of the same prompt, in the round before or after; "x link" is that over the
+time which the bytes take as one big pinned copy, measured before. Below the table: the median over the prompts of our
+pool hit over a peer's of the same prompt.
 
 Caveats. Dummy weights make near ties of tokens: recompute rounds differently than a hit, of whatever kind, so "as VRAM"
 (pool hit against VRAM hit: the same computation) must hold for all prompts, and "as recompute" may not. Eager mode, the
-default here, hides nothing of a load; `--graphs` turns it off. "x link" is the time of a hit in the pool less that of
-one in VRAM, over the time that its bytes take as one big pinned copy, measured before the arms. LMCache needs its
-package.
+default here, hides nothing of a load; `--graphs` turns it off. The KV cache of an engine holds one prompt and a bit.
+Only the latest prompts are asked for, so `--pool-size` need not hold them all. LMCache needs its package.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import (
-    Arm,
-    add_arms,
-    kind_of,
-    measure_link,
-    numbers,
-    run_arms,
-    run_child,
-    run_script,
-    script_parser,
-)
+from benchmarks.arms import POOL_ARMS, add_arms, kind_of, take_turns, trace_file
+from benchmarks.gpu_script import measure_link, numbers, run_script, script_parser
 from benchmarks.offline import OfflineEngine, kv_bytes_per_token, random_prompt
+from benchmarks.traced_steps import STEPS, Spans, by_step, spans_of, told, traced_requests
 
 MODULE = "benchmarks.bench_ttft"
-STEPS = ("arrived", "submitted", "copied", "noticed", "scheduled", "launched", "finished")
-"""As `traced_connector` notes them, which is not imported here: it needs vLLM."""
-ARMS = "none,kvpool,kvpool-other,offloading,simple,lmcache,lmcache-mp"
+ARMS = "kvpool,kvpool-other,offloading,simple,lmcache"
 SEED = 7
-CHECKS = 2
 CHECK_TOKENS = 16
-STORE_SETTLE_S = 1.0
+KINDS = ("recompute", "vram", "pool")
+ROUNDS: dict[str, tuple[str | None, ...]] = {
+    "none": ("recompute", "vram", None),
+    "kvpool-other": (None, "pool", "vram"),
+}
+"""What an arm does with a prompt, where that is not `KINDS`, one after the other."""
 
 
 # in the arm's process -----------------------------------------------------------------------------
 
 
-class Prompts:
-    """The same in every process."""
-
-    def __init__(self, length: int, repeats: int) -> None:
-        draw = random.Random(f"{SEED} {length}")
-        made = [random_prompt(draw, length) for _ in range(1 + repeats + CHECKS)]
-        self.length = length
-        self.warm_up, self.timed, self.checks = made[0], made[1:-CHECKS], made[-CHECKS:]
+def make_prompts(length: int, repeats: int) -> list[tuple[list[int], int]]:
+    """The same in every process, each with how many tokens to generate: one to warm up, those to time, and
+    one whose output is compared."""
+    draw = random.Random(f"{SEED} {length}")
+    num_tokens = [1, *[1] * repeats, CHECK_TOKENS]
+    return [(random_prompt(draw, length), num) for num in num_tokens]
 
 
-def time_all(engine: OfflineEngine, prompts: Prompts, *, forget: bool) -> dict[str, list[Any]]:
-    times, cached, begun_s = [], [], []
-    for prompt in prompts.timed:
-        if forget:
-            engine.forget_vram()
-        begun_s.append(time.perf_counter())
-        seconds, _, num_cached = engine.generate(prompt, 1)
-        times.append(seconds * 1e3)
-        cached.append(num_cached)
-    return {"ms": times, "cached": cached, "begun_s": begun_s}
+def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    prompts = {length: make_prompts(length, job["repeats"]) for length in job["lengths"]}
+    engine = OfflineEngine(job["model"], job["transfer"], salt=job["salt"], **job["engine"])
+    engine.generate(random_prompt(random.Random(), 3_000), 1)
+    yield {"start_s": engine.start_s}
+    for length, several in prompts.items():
+        for number, (prompt, num_tokens) in enumerate(several):
+            for kind in job["rounds"]:
+                timed = kind and time_request(engine, kind, prompt, num_tokens)
+                yield timed and {"tokens": length, "prompt": number, "kind": kind, **timed}
 
 
-def outputs(engine: OfflineEngine, prompts: Prompts, *, forget: bool = False) -> list[list[int]]:
-    tokens = []
-    for prompt in prompts.checks:
-        if forget:
-            engine.forget_vram()
-        tokens.append(engine.generate(prompt, CHECK_TOKENS)[1])
-    return tokens
-
-
-def measure_storing(engine: OfflineEngine, prompts: Prompts, pool: bool) -> dict[str, Any]:
-    """The engine that computes the prompts; with a `pool`, it loads them back as well."""
-    result: dict[str, Any] = {"length": prompts.length}
-    engine.generate(prompts.warm_up, 1)
-    result["recompute"] = time_all(engine, prompts, forget=False)
-    result["vram"] = time_all(engine, prompts, forget=False)
-    result["recompute_tokens"] = outputs(engine, prompts)
-    result["vram_tokens"] = outputs(engine, prompts)
-    if pool:
-        time.sleep(STORE_SETTLE_S)
+def time_request(
+    engine: OfflineEngine, kind: str, prompt: list[int], num_tokens: int
+) -> dict[str, Any]:
+    if kind == "pool":
         engine.forget_vram()
-        engine.generate(prompts.warm_up, 1)
-        result["pool"] = time_all(engine, prompts, forget=True)
-        result["pool_tokens"] = outputs(engine, prompts, forget=True)
-    return result
-
-
-def measure_other(engine: OfflineEngine, prompts: Prompts) -> dict[str, Any]:
-    """An engine that never computed the prompts."""
-    result: dict[str, Any] = {"length": prompts.length}
-    engine.generate(prompts.warm_up, 1)
-    result["pool"] = time_all(engine, prompts, forget=False)
-    result["vram"] = time_all(engine, prompts, forget=False)
-    result["pool_tokens"] = outputs(engine, prompts)
-    result["vram_tokens"] = outputs(engine, prompts)
-    return result
-
-
-def run_job(job: dict[str, Any]) -> None:
-    engine = OfflineEngine(job["model"], job["transfer"], **job["engine"])
-    engine.generate(random_prompt(random.Random(SEED), 3_000), 1)
-    rows = []
-    for length in job["lengths"]:
-        prompts = Prompts(length, job["repeats"])
-        if job["other"]:
-            rows.append(measure_other(engine, prompts))
-        else:
-            rows.append(measure_storing(engine, prompts, job["transfer"] is not None))
-        print(f"{length} tokens done", flush=True)
-        result = {"start_s": engine.start_s, "rows": rows}
-        Path(job["result"]).write_text(json.dumps(result))
+    begun_s = time.perf_counter()
+    seconds, output, cached = engine.generate(prompt, num_tokens)
+    return {"begun_s": begun_s, "ms": seconds * 1e3, "cached": cached, "output": output}
 
 
 # all arms -----------------------------------------------------------------------------------------
 
+Prompts = list[dict[str, dict[str, Any]]]
+"""Of an arm, of one length: by number, what each kind of request for it gave."""
+
+
+def prompts_of(turns: list[Any], length: int) -> Prompts:
+    found: dict[int, dict[str, Any]] = {}
+    for turn in turns[1:]:
+        if turn and turn["tokens"] == length:
+            found.setdefault(turn["prompt"], {})[turn["kind"]] = turn
+    return [found[number] for number in sorted(found)]
+
+
+def timed(prompts: Prompts, repeats: int, *kinds: str) -> Prompts:
+    """Those to be counted, of which all `kinds` are there."""
+    counted = prompts[1 : 1 + repeats]
+    return [prompt for prompt in counted if all(kind in prompt for kind in kinds)]
+
+
+def median_ms(prompts: Prompts, kind: str) -> float:
+    return statistics.median(prompt[kind]["ms"] for prompt in prompts)
+
 
 def summary(
-    arm: str, row: dict[str, Any], expected: list[list[int]], tokens_per_ms: float
+    prompts: Prompts, computed: Prompts, repeats: int, tokens_per_ms: float
 ) -> dict[str, Any]:
-    """`expected`: greedy tokens of the check prompts by recompute. `tokens_per_ms`: whose KV the link
-    carries."""
-    line: dict[str, Any] = {"arm": arm, "tokens": row["length"]}
-    for kind in ("recompute", "vram", "pool"):
-        if kind in row:
-            line[kind] = statistics.median(row[kind]["ms"])
-    if "pool" in row:
-        line["pool_min"] = min(row["pool"]["ms"])
-        line["cached"] = min(row["pool"]["cached"])
-        line["as_vram"] = same(row["pool_tokens"], row["vram_tokens"])
+    """`computed`: the same of the arm that computed the prompts. `tokens_per_ms`: whose KV the link carries."""
+    line: dict[str, Any] = {}
+    for kind in KINDS:
+        if counted := timed(prompts, repeats, kind):
+            line[kind] = median_ms(counted, kind)
+    if hits := timed(prompts, repeats, "vram", "pool"):
+        line["pool_min"] = min(one["pool"]["ms"] for one in hits)
+        line["cached"] = min(one["pool"]["cached"] for one in hits)
+        line["over_vram"] = statistics.median(one["pool"]["ms"] - one["vram"]["ms"] for one in hits)
+        line["as_vram"] = same(prompts, "pool", prompts, "vram")
+        line["as_recompute"] = same(prompts, "pool", computed, "recompute")
         if tokens_per_ms and line["cached"]:
-            line["x_link"] = (line["pool"] - line["vram"]) / (line["cached"] / tokens_per_ms)
-    if expected:
-        line["as_recompute"] = same(row.get("pool_tokens", row["vram_tokens"]), expected)
+            line["x_link"] = line["over_vram"] / (line["cached"] / tokens_per_ms)
     return line
 
 
-def same(left: list[list[int]], right: list[list[int]]) -> str:
-    return f"{sum(a == b for a, b in zip(left, right, strict=True))}/{len(right)}"
+def same(left: Prompts, kind: str, right: Prompts, other_kind: str) -> str:
+    """Of how many prompts the output is the same."""
+    pairs = [
+        (one[kind]["output"], other[other_kind]["output"])
+        for one, other in zip(left, right, strict=False)
+        if kind in one and other_kind in other
+    ]
+    return f"{sum(one == other for one, other in pairs)}/{len(pairs)}"
+
+
+def table(
+    turns: dict[str, list[Any]], lengths: list[int], repeats: int, tokens_per_ms: float
+) -> list[dict[str, Any]]:
+    lines = []
+    for name, of_arm in turns.items():
+        computed = turns.get(name.replace("-other", ""), [])
+        for length in lengths:
+            prompts = prompts_of(of_arm, length)
+            line = summary(prompts, prompts_of(computed, length), repeats, tokens_per_ms)
+            lines.append({"arm": name, "tokens": length, **line})
+    return lines
+
+
+def against_peers(
+    turns: dict[str, list[Any]], lengths: list[int], repeats: int
+) -> list[dict[str, Any]]:
+    """Our pool hits over those of each peer: the median of the ratios of the same prompt."""
+    lines = []
+    ours = [name for name in turns if kind_of(name) in POOL_ARMS]
+    for length in lengths:
+        for name in ours:
+            line = {"tokens": length, "arm": name, "over": {}}
+            for peer in set(turns) - set(ours):
+                pairs = zip(
+                    prompts_of(turns[name], length), prompts_of(turns[peer], length), strict=False
+                )
+                ratios = [
+                    one["pool"]["ms"] / other["pool"]["ms"]
+                    for one, other in list(pairs)[1 : 1 + repeats]
+                    if "pool" in one and "pool" in other
+                ]
+                if ratios:
+                    line["over"][peer] = statistics.median(ratios)
+            lines.append(line)
+    return lines
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    if "kvpool-other" in args.arms.split(",") and "kvpool" not in args.arms.split(","):
+        args.arms = f"kvpool,{args.arms}"
+    args.engine = {"enforce_eager": not args.graphs, **args.engine}
+    link = measure_link()
+    token_bytes = kv_bytes_per_token(args.size, args.kv_cache_dtype)
+    tokens_per_ms = link["load"] * 1e6 / token_bytes if link else 0.0
+    results: dict[str, Any] = {"link_gb_per_s": link}
+
+    def job_of(name: str) -> dict[str, Any]:
+        kind = kind_of(name)
+        salt = name.replace("-other", "") if kind in POOL_ARMS else ""
+        job = {"lengths": args.lengths, "repeats": args.repeats, "salt": salt}
+        return {**job, "rounds": ROUNDS.get(kind, KINDS)}
+
+    take_turns(MODULE, job_of, results, folder, args)
+    turns = results["turns"]
+    results["table"] = table(turns, args.lengths, args.repeats, tokens_per_ms)
+    results["against_peers"] = against_peers(turns, args.lengths, args.repeats)
+    results["trace"] = {
+        name: trace(of_arm, args.lengths, args.repeats, trace_file(folder, name))
+        for name, of_arm in turns.items()
+        if trace_file(folder, name).exists()
+    }
+    return results
+
+
+def trace(turns: list[Any], lengths: list[int], repeats: int, path: Path) -> list[dict[str, Any]]:
+    """Milliseconds between the steps of the timed requests, by length and kind."""
+    requests = traced_requests(path)
+    lines = []
+    for length in lengths:
+        for kind in ("vram", "pool"):
+            spans = [
+                traced_spans(found, one[kind])
+                for one in timed(prompts_of(turns, length), repeats, kind)
+                for found in requests
+                if 0 < found["arrived"] - one[kind]["begun_s"] < one[kind]["ms"] / 1e3
+            ]
+            steps = by_step(spans, (*STEPS, "returned", "launch_cpu"))
+            lines.append({"tokens": length, "kind": kind, "steps": steps, "all": spans})
+    return lines
+
+
+def traced_spans(found: dict[str, float], request: dict[str, Any]) -> Spans:
+    ended_s = request["begun_s"] + request["ms"] / 1e3
+    return {
+        **spans_of(found, request["begun_s"]),
+        "returned": (ended_s - found["finished"]) * 1e3,
+    }
+
+
+# the report ---------------------------------------------------------------------------------------
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
     print(
-        "\n| arm | tokens | recompute | VRAM hit | pool hit, median | best | x link | cached | as VRAM "
-        "| as recompute |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+        "\n| arm | tokens | recompute | VRAM hit | pool hit, median | best | hit - VRAM | x link "
+        "| cached | as VRAM | as recompute |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     for line in lines:
         cells = [line["arm"], f"{line['tokens']:,}"]
-        kinds = ("recompute", "vram", "pool", "pool_min")
-        cells += [f"{line[kind]:.1f}" if kind in line else "" for kind in kinds]
+        columns = (*KINDS, "pool_min", "over_vram")
+        cells += [f"{line[name]:.1f}" if name in line else "" for name in columns]
         cells.append(f"{line['x_link']:.2f}" if "x_link" in line else "")
         cells += [str(line.get(name, "")) for name in ("cached", "as_vram", "as_recompute")]
         print("| " + " | ".join(cells) + " |")
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    names = args.arms.split(",")
-    if "kvpool-other" in names and "kvpool" not in names:
-        names.insert(names.index("kvpool-other"), "kvpool")
-    args.engine = {"enforce_eager": not args.graphs, **args.engine}
-    link = measure_link()
-    token_bytes = kv_bytes_per_token(args.size, args.kv_cache_dtype)
-    tokens_per_ms = link["load"] * 1e6 / token_bytes if link else 0.0
-    arms: dict[str, Any] = {}
-    lines: list[dict[str, Any]] = []
-
-    def run(arm: Arm) -> None:
-        other = kind_of(arm.name) == "kvpool-other"
-        job = {"lengths": args.lengths, "repeats": args.repeats, "other": other}
-        result = run_child(MODULE, arm, job, folder, args)
-        if result is None:
-            return
-        arms[arm.name] = result
-        if "KVPOOL_TRACE" in arm.env:
-            result["trace"] = trace(result["rows"], Path(arm.env["KVPOOL_TRACE"]))
-        computed = arms.get(arm.name.replace("-other", ""), {"rows": []}) if other else result
-        by_length = {row["length"]: row["recompute_tokens"] for row in computed["rows"]}
-        for row in result["rows"]:
-            expected = by_length.get(row["length"], [])
-            lines.append(summary(arm.name, row, expected, tokens_per_ms))
-
-    notes = run_arms(names, run, args, folder)
-    return {"link_gb_per_s": link, "table": lines, "notes": notes, "arms": arms}
-
-
-def trace(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Median milliseconds between the steps of the timed requests, by length and kind."""
-    requests = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = []
-    for row in rows:
-        for kind in ("vram", "pool"):
-            spans = [
-                spans_ms(found, begun_s, begun_s + ms / 1e3)
-                for begun_s, ms in zip(row[kind]["begun_s"], row[kind]["ms"], strict=True)
-                for found in requests
-                if begun_s < found["arrived"] < begun_s + ms / 1e3
-            ]
-            names = dict.fromkeys(name for span in spans for name in span)
-            medians = {
-                name: statistics.median(span.get(name, 0.0) for span in spans) for name in names
-            }
-            lines.append({"tokens": row["length"], "kind": kind, "ms": medians, "all": spans})
-    return lines
-
-
-def spans_ms(found: dict[str, float], begun_s: float, ended_s: float) -> dict[str, float]:
-    """To each step from the one before."""
-    spans = {}
-    last_s = begun_s
-    for step in sorted((name for name in STEPS if name in found), key=found.__getitem__):
-        spans[step] = (found[step] - last_s) * 1e3
-        last_s = found[step]
-    spans["returned"] = (ended_s - last_s) * 1e3
-    spans["launch_cpu"] = found.get("launch_cpu", 0.0) * 1e3
-    return spans
+def print_against_peers(lines: list[dict[str, Any]]) -> None:
+    print("\nour pool hit over a peer's of the same prompt, median of the ratios, best peer first:")
+    for line in lines:
+        peers = sorted(line["over"].items(), key=lambda pair: -pair[1])
+        told = ", ".join(f"{ratio:.3f} of {peer}" for peer, ratio in peers)
+        print(f"{line['tokens']:,} tokens, {line['arm']}: {told or 'no peer'}")
 
 
 def print_trace(name: str, lines: list[dict[str, Any]]) -> None:
-    print(f"\n{name}: ms from step to step, median ({', '.join(STEPS)}, returned)")
+    print(f"\n{name}: ms to each step from the one before, median / p95")
     for line in lines:
-        spans = ", ".join(f"{step} {ms:.1f}" for step, ms in line["ms"].items())
-        print(f"{line['tokens']:,} {line['kind']}: {spans}")
+        print(f"{line['tokens']:,} {line['kind']}: {told(line['steps'])}")
 
 
 def print_results(results: dict[str, Any]) -> None:
     print("\n" + "\n".join(results["notes"]))
     print_table(results["table"])
-    for name, arm in results["arms"].items():
-        if "trace" in arm:
-            print_trace(name, arm["trace"])
-    starts = {name: arm["start_s"] for name, arm in results["arms"].items()}
+    print_against_peers(results["against_peers"])
+    for name, lines in results["trace"].items():
+        print_trace(name, lines)
+    starts = {name: turns[0]["start_s"] for name, turns in results["turns"].items() if turns}
     print("\nms; engine start: " + ", ".join(f"{name} {s:.1f} s" for name, s in starts.items()))
     print(f"one big pinned copy, GB/s: {results['link_gb_per_s']}")
 
@@ -252,7 +270,7 @@ def main() -> None:
     parser = script_parser(__doc__)
     add_arms(parser, ARMS)
     parser.add_argument("--lengths", type=numbers, default="1024,8192,32768")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs instead of eager mode")
     parser.add_argument(
         "--trace", action="store_true", help="of our own arms: what a hit waits for"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +93,15 @@ def kv_bytes_per_token(size: str, kv_cache_dtype: str = "auto") -> int:
 
 
 class OfflineEngine:
-    """`start_s`: what making it took."""
+    """`start_s`: what making it took. `salt`: of the prompts' hashes, so that engines which share a pool but not their
+    salt find nothing of each other."""
 
     def __init__(
         self,
         model: str,
         transfer: dict[str, Any] | None,
         *,
+        salt: str = "",
         settle_s: float = SETTLE_S,
         **options: Any,
     ) -> None:
@@ -116,6 +120,7 @@ class OfflineEngine:
             **options,
         )
         self.start_s = time.perf_counter() - begun
+        self._salt = {"cache_salt": salt} if salt else {}
         self._draw = random.Random(0)
         self._sums: Counter[str] = Counter()
         self._listen(self.llm.llm_engine.output_processor)
@@ -125,10 +130,22 @@ class OfflineEngine:
         """Seconds, greedy tokens, and how many of the prompt's tokens came from a cache."""
         begun = time.perf_counter()
         (output,) = self.llm.generate(
-            [{"prompt_token_ids": prompt}], self.sampling(num_tokens), use_tqdm=False
+            [self.salted(prompt)], self.sampling(num_tokens), use_tqdm=False
         )
         seconds = time.perf_counter() - begun
         return seconds, list(output.outputs[0].token_ids), output.num_cached_tokens or 0
+
+    def salted(self, prompt: list[int]) -> dict[str, Any]:
+        """As vLLM takes prompts."""
+        return {"prompt_token_ids": prompt, **self._salt}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Requests that are added meanwhile wait for its end: no step begins with the first few of them, so the steps
+        of a batch are the same each time. It begins when the engine has nothing left to do."""
+        self.llm.sleep(level=0, mode="keep")
+        yield
+        self.llm.wake_up(tags=["scheduling"])
 
     @staticmethod
     def sampling(num_tokens: int, **options: Any) -> Any:

@@ -35,8 +35,15 @@ class ChildProcess:
     engine that spins has kept the daemon of another session from running for seconds (seen on 6.18).
     """
 
-    def __init__(self, command: list[str], log: Path, env: dict[str, str] | None = None) -> None:
-        self.command, self.log, self.env = command, log, env
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        env: dict[str, str] | None = None,
+        inherited: tuple[int, ...] = (),
+    ) -> None:
+        """`inherited`: file descriptors."""
+        self.command, self.log, self.env, self.inherited = command, log, env, inherited
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Self:
@@ -48,6 +55,7 @@ class ChildProcess:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, **(self.env or {})},
                 process_group=0,
+                pass_fds=self.inherited,
             )
         return self
 
@@ -294,6 +302,14 @@ def kv_transfer_config(
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": extra,
     }
+
+
+def print_failure(name: str, what: str, took: str, log: Path) -> None:
+    """With the likely causes and the end of its log."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    causes = [line for line in lines if "Error" in line][:4]
+    print(f"{name}: FAILED after {took}: {what}")
+    print("\n".join(f"    {line[:300]}" for line in [*causes, "...", *lines[-12:]]), flush=True)
 
 
 def free_port(*beside: int) -> int:

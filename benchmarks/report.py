@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
 
 
+@functools.cache  # a script that writes its results as it goes asks for it often
 def environment() -> dict[str, Any]:
     versions = {}
     for package in PACKAGES:

@@ -1,7 +1,7 @@
 """KVPoolConnector that notes when each step of a request's way to its first token was done.
 
-An engine of `bench_ttft --trace` loads it. The file that KVPOOL_TRACE names gets a JSON object a request, of seconds on
-the system's monotonic clock:
+An engine of `bench_ttft --trace` or `bench_multiturn --trace` loads it. The file that KVPOOL_TRACE names gets a JSON
+object a request, of seconds on the system's monotonic clock:
 
     arrived     at the scheduler
     submitted   the load was handed to the copy engine
@@ -9,9 +9,9 @@ the system's monotonic clock:
     copied      they were there: before that, or after the next step
     scheduled   a step computes the request
     launched    all kernels of that step were started; `launch_cpu`: processor time of that since `scheduled`
-    finished    the scheduler has the token
+    finished    the scheduler has the last token
 
-For an engine whose scheduler and worker share a process, as with one GPU, and one request at a time.
+For an engine whose scheduler and worker share a process, as with one GPU.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 from vllm_kvpool.connector import KVPoolConnector
+from vllm_kvpool.connector.metadata import CopyJob, LoadJob
 
 
 class _Trace:
@@ -42,10 +44,9 @@ class _Trace:
                 self.mark(request_id, "launch_cpu", time.thread_time() - begun)
         self.in_step = []
 
-    def copied(self, seconds: list[float]) -> None:
-        for request_id, known in self.requests.items():
-            if "submitted" in known and "copied" not in known:
-                self.mark(request_id, "copied", known["submitted"] + seconds[-1])
+    def copied(self, request_id: str, seconds: float) -> None:
+        if submitted := self.requests.get(request_id, {}).get("submitted"):
+            self.mark(request_id, "copied", submitted + seconds)
 
     def finish(self, request_id: str) -> None:
         self.mark(request_id, "finished")
@@ -56,7 +57,21 @@ class _Trace:
 _trace = _Trace(os.environ.get("KVPOOL_TRACE", os.devnull))
 
 
+def _traced(count: Callable[[CopyJob, bytes, float], None]) -> Callable[..., None]:
+    def counts(job: CopyJob, statuses: bytes, seconds: float) -> None:
+        count(job, statuses, seconds)
+        if isinstance(job, LoadJob):
+            _trace.copied(job.request_id, seconds)
+
+    return counts
+
+
 class TracedKVPoolConnector(KVPoolConnector):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self._worker is not None:
+            self._worker._count = _traced(self._worker._count)
+
     def on_new_request(self, request: Any) -> None:
         _trace.mark(request.request_id, "arrived")
         super().on_new_request(request)
@@ -76,9 +91,6 @@ class TracedKVPoolConnector(KVPoolConnector):
 
     def get_finished(self, finished_req_ids: set[str]) -> Any:
         result = super().get_finished(finished_req_ids)
-        assert self._worker is not None
-        if seconds := self._worker._stats.data.get("load_seconds"):
-            _trace.copied(seconds)
         for request_id in result[1] or ():
             _trace.mark(request_id, "noticed")
         _trace.launched()

@@ -27,9 +27,16 @@ from typing import Any
 # A script's own folder comes first: add `benchmarks`.
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.arms import QUIET, print_failure, runner_env, work_folder
+from benchmarks.engine_child import QUIET, runner_env
+from benchmarks.gpu_script import work_folder
 from benchmarks.offline import kv_bytes_per_token, make_model
-from benchmarks.processes import ChildProcess, PoolDaemon, free_port, kv_transfer_config
+from benchmarks.processes import (
+    ChildProcess,
+    PoolDaemon,
+    free_port,
+    kv_transfer_config,
+    print_failure,
+)
 from vllm_kvpool.config import SHM_DIR
 from vllm_kvpool.pool.admin import fetch_stats
 
