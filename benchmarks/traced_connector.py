@@ -67,8 +67,8 @@ def _traced(count: Callable[[CopyJob, bytes, float], None]) -> Callable[..., Non
 
 
 class TracedKVPoolConnector(KVPoolConnector):
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
         if self._worker is not None:
             self._worker._count = _traced(self._worker._count)
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
+import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -63,7 +64,15 @@ class Player:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        """After an error at once, else with time to clean up, as an engine needs for its shared memory."""
+        self.let_go()
+        if error is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait()
         self._child.stop()
+
+    def let_go(self) -> None:
+        """The child ends now."""
         self._ours.close()
 
     def take_turn(self, limit_s: float) -> bool:
@@ -110,21 +119,23 @@ def play(fd: int, turns: Iterator[Any]) -> None:
 
 
 def rounds(
-    players: Iterable[Player], limit_s: float, pause_s: float = PAUSE_S
+    players: Collection[Player], limit_s: float, pause_s: float = PAUSE_S
 ) -> Iterator[list[Player]]:
-    """Those that play on: when all are ready, and after each round. `limit_s`: for getting ready, and for each
-    turn. Who is lost is told and dropped."""
+    """Those that play on: when all are ready, and after each round; then all end, together. `limit_s`: for getting
+    ready, and for each turn. Who is lost is told and dropped."""
     give_up = time.monotonic() + limit_s
     playing = [player for player in players if _plays_on(player, Player.receive, give_up)]
     for number in itertools.count():
         if not playing:
-            return
+            break
         yield playing
         for player in random.Random(number).sample(playing, len(playing)):
             if not _plays_on(player, Player.take_turn, limit_s):
                 playing = [other for other in playing if other is not player]
             elif player.values[-1] is not None:
                 time.sleep(pause_s)
+    for player in players:
+        player.let_go()
 
 
 def _plays_on(player: Player, wait: Any, limit: float) -> bool:
