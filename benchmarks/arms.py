@@ -27,7 +27,8 @@ from vllm_kvpool.errors import KVPoolError
 PEER_SERVER_S = 20.0
 """LMCache's server takes connections some time before it answers."""
 POOL_ARMS = ("kvpool", "kvpool-other")
-PEERS = ("offloading", "simple", "lmcache", "lmcache-mp")
+PEERS = ("offloading", "simple", "simple-lazy", "lmcache", "lmcache-mp")
+"""`simple-lazy` stores what VRAM is about to drop, `simple` what is computed, as `kvpool` does."""
 PROGRESS_S = 15.0
 LMCACHE_SERVER = (
     "import sys; from lmcache.cli.main import main; "
@@ -80,8 +81,9 @@ def peer_arm(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Arm]
     memory, gib = {"cpu_bytes_to_use": num_bytes}, num_bytes >> 30
     if name == "offloading":
         yield Arm(name, transfer_of("OffloadingConnector", memory))
-    elif name == "simple":
-        yield Arm(name, transfer_of("SimpleCPUOffloadConnector", memory))
+    elif name in ("simple", "simple-lazy"):
+        lazy = {"lazy_offload": name == "simple-lazy"}
+        yield Arm(name, transfer_of("SimpleCPUOffloadConnector", memory | lazy))
     elif name == "lmcache":
         env = {"LMCACHE_LOCAL_CPU": "True", "LMCACHE_MAX_LOCAL_CPU_SIZE": str(gib)}
         yield Arm(name, transfer_of("LMCacheConnectorV1"), env)
