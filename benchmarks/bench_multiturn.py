@@ -80,6 +80,7 @@ class Conversations:
         waiting = deque(users)
         busy: dict[str, Turn] = {}
         ended: list[Turn] = []
+        self._engine.wake()
         counted = self._engine.counters()
         begun_s = time.perf_counter()
         while waiting or busy:

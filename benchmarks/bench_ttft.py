@@ -4,11 +4,12 @@
 
 One engine an arm, with the shape of Llama 3 8B and dummy weights in bfloat16; one request at a time, of random tokens
 (seed 7), one token each; the time is that of `LLM.generate`. All engines live at the same time and take turns (see
-`turns`); a turn is one timed request. For each prompt: new (recompute), again (VRAM hit), and again with the engine's
-own prefix cache emptied before (pool hit), one after the other in three rounds. `kvpool-other` is a second engine on
-the pool of `kvpool` that never computes a prompt: when `kvpool` has computed and stored it in the first round, it finds
-it in the second (pool hit) and has it in the third (VRAM hit). The first prompt of each length warms up and is not
-counted. One further prompt gives 16 greedy tokens by each way; these and the one token of the others are compared.
+`turns`); a turn is one timed request, after one of a few tokens. For each prompt: new (recompute), again (VRAM hit),
+and again with the engine's own prefix cache emptied before (pool hit), one after the other in three rounds.
+`kvpool-other` is a second engine on the pool of `kvpool` that never computes a prompt: when `kvpool` has computed and
+stored it in the first round, it finds it in the second (pool hit) and has it in the third (VRAM hit). The first prompt
+of each length warms up and is not counted. One further prompt gives 16 greedy tokens by each way; these and the one
+token of the others are compared.
 
 Two engines meet the same prompt within seconds, so they are compared by prompt: "hit - VRAM" is the median over the
 prompts of a pool hit less the VRAM hit of the same prompt, in the round before or after; "x link" is that over the
@@ -67,8 +68,8 @@ def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     for length, several in prompts.items():
         for number, (prompt, num_tokens) in enumerate(several):
             for kind in job["rounds"]:
-                timed = kind and time_request(engine, kind, prompt, num_tokens)
-                yield timed and {"tokens": length, "prompt": number, "kind": kind, **timed}
+                done = kind and time_request(engine, kind, prompt, num_tokens)
+                yield done and {"tokens": length, "prompt": number, "kind": kind, **done}
 
 
 def time_request(
@@ -76,6 +77,7 @@ def time_request(
 ) -> dict[str, Any]:
     if kind == "pool":
         engine.forget_vram()
+    engine.wake()
     begun_s = time.perf_counter()
     seconds, output, cached = engine.generate(prompt, num_tokens)
     return {"begun_s": begun_s, "ms": seconds * 1e3, "cached": cached, "output": output}

@@ -155,6 +155,10 @@ class OfflineEngine:
             temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, **options
         )
 
+    def wake(self) -> None:
+        """By a request of less than a block: the first one after a rest takes longer."""
+        self.generate(random_prompt(self._draw, 8), 1)
+
     def forget_vram(self) -> None:
         """Empties the engine's own prefix cache. It refuses while stores hold blocks: steps with a
         small request let these end."""

@@ -1,0 +1,82 @@
+"""What the scripts that take turns make of their turns: figures from pairs of the same round, not of medians."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import bench_multiturn, bench_overhead, bench_ttft
+
+REPEATS = 3
+SLOW = (1.0, 1.0, 3.0, 1.0, 1.0)
+"""By prompt or round: a phase in which all take three times as long."""
+
+
+def ttft_turns(**ms: float) -> list[Any]:
+    turns: list[Any] = [{"start_s": 1.0}]
+    for number, factor in enumerate(SLOW):
+        for kind in bench_ttft.KINDS:
+            turn = {"tokens": 64, "prompt": number, "kind": kind, "cached": 48, "output": [number]}
+            turns.append({**turn, "ms": ms[kind] * factor} if kind in ms else None)
+    return turns
+
+
+def test_a_pool_hit_is_told_against_the_vram_hit_of_the_same_prompt() -> None:
+    turns = {
+        "kvpool": ttft_turns(recompute=100, vram=10, pool=14),
+        "kvpool-other": ttft_turns(pool=16, vram=10),
+    }
+    own, other = bench_ttft.table(turns, [64], REPEATS, tokens_per_ms=24.0)
+    assert own["over_vram"] == 4
+    assert own["x_link"] == 2  # 48 tokens take 2 ms
+    assert own["as_vram"] == own["as_recompute"] == "5/5"
+    assert other["over_vram"] == 6
+    assert other["as_recompute"] == "5/5"
+    assert "recompute" not in other
+
+
+def test_one_different_output_is_seen() -> None:
+    turns = ttft_turns(recompute=100, vram=10, pool=14)
+    turns[-1]["output"] = [99]
+    (line,) = bench_ttft.table({"kvpool": turns}, [64], REPEATS, 0.0)
+    assert line["as_vram"] == line["as_recompute"] == "4/5"
+
+
+def test_a_peer_is_compared_by_prompt() -> None:
+    turns = {"kvpool": ttft_turns(pool=10), "simple": ttft_turns(pool=20), "none": ttft_turns()}
+    (line,) = bench_ttft.against_peers(turns, [64], REPEATS)
+    assert line == {"tokens": 64, "arm": "kvpool", "over": {"simple": 0.5}}
+
+
+def overhead_turns(seconds: float, rounds: int = len(SLOW)) -> list[dict[str, float]]:
+    figures = bench_overhead.FIGURES
+    several = [dict.fromkeys(figures, seconds * factor) for factor in SLOW[:rounds]]
+    return [{"start_s": 1.0}, dict.fromkeys(figures, 1e9), *several]
+
+
+def test_a_round_is_told_against_the_same_round_without_a_connector() -> None:
+    turns = {
+        "none": overhead_turns(9.0),
+        "kvpool": overhead_turns(11.0, rounds=4),  # the fifth was not reached
+        "none-again": overhead_turns(11.0),
+        "lost": overhead_turns(1.0, rounds=0),
+    }
+    by_arm = {line["arm"]: line for line in bench_overhead.table(turns)}
+    assert list(by_arm) == ["none", "kvpool", "none-again"]
+    assert by_arm["none"]["against_none"] == {}
+    assert by_arm["kvpool"]["against_none"]["seconds"] == pytest.approx((1.1, 1.1, 1.1))
+    assert by_arm["none-again"]["against_none"]["itl_p99"][1] == pytest.approx(11 / 9)
+
+
+def test_slices_of_a_concurrency_are_added_up() -> None:
+    figures = {"planned_turns": 2, "prompt_tokens": 100, "cached_tokens": 50}
+    slices = [
+        {"concurrency": 8, "turns": 2, "seconds": 1.0, "ttft_ms": [1.0, 2.0], **figures},
+        {"concurrency": 8, "turns": 1, "seconds": 3.0, "ttft_ms": [9.0], **figures},
+    ]
+    turns = [{"start_s": 1.0}, {"concurrency": 8}, *slices]
+    assert bench_multiturn.slices_of(turns, 8) == slices
+    line = bench_multiturn.summary("kvpool", slices)
+    assert (line["turns"], line["planned_turns"], line["seconds"]) == (3, 4, 4.0)
+    assert (line["ttft_p50"], line["ttft_p95"]) == (2.0, 9.0)
