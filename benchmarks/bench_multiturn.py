@@ -3,10 +3,11 @@
     python -m benchmarks.bench_multiturn [--arms none,kvpool,offloading] [--concurrency 1,8,32] [--json FILE]
 
 One engine an arm, with the shape of Llama 3 8B and dummy weights in bfloat16, CUDA graphs for decoding. 96 users have
-sent a first message of 2,048 random tokens (seed 13), all at once, which is not timed. Then each turn says 128 tokens
+sent a first message of 1,920 random tokens (seed 13), all at once, which is not timed. Then each turn says 128 tokens
 more, behind the conversation so far, and gets 8 tokens: one round of all users with one request under way, two rounds
 with 8, two with 32. The order of users is drawn anew for each round. The KV cache has room for a third of what they all
-have said in the end (`--share`), so that most of a conversation was dropped by the time it goes on.
+have said in the end (`--share`), so that most of a conversation was dropped by the time it goes on; the pool and each
+peer's memory have room for all of it (30.6 of 32 GiB).
 
 All engines live at the same time and take turns (see the module `turns`): each goes on with its conversations for a
 slice of 12 turns (1 at once), 32 (8) or 64 (32), until all of these have ended; then the next engine has its slice. The
@@ -234,7 +235,8 @@ def trace(turns: list[Any], concurrencies: list[int], path: Path) -> list[dict[s
             for found in requests
             if 0 < found["arrived"] - one["begun_s"] < one["seconds"]
         ]
-        lines.append({"concurrency": concurrency, "steps": by_step(spans, (*STEPS, "launch_cpu"))})
+        steps = by_step(spans, (*STEPS[1:], "launch_cpu"))
+        lines.append({"concurrency": concurrency, "steps": steps})
     return lines
 
 
@@ -283,10 +285,10 @@ def print_row(line: dict[str, Any]) -> None:
 def main() -> None:
     parser = script_parser(__doc__)
     add_arms(parser, ARMS)
-    parser.set_defaults(kv_gib=None, pool_size="34GiB")
+    parser.set_defaults(kv_gib=None, pool_size="32GiB")
     parser.add_argument("--concurrency", type=numbers, default="1,8,32")
     parser.add_argument("--users", type=int, default=96)
-    parser.add_argument("--first-tokens", type=int, default=2_048)
+    parser.add_argument("--first-tokens", type=int, default=1_920)
     parser.add_argument("--share", type=float, default=1 / 3, help="of all that VRAM holds")
     parser.add_argument("--limit-s", type=float, default=10, help="for one slice")
     parser.add_argument(

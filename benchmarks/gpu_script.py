@@ -34,7 +34,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kv-gib", type=float, default=6, help="KV cache of each engine")
     parser.add_argument(
-        "--pool-size", default="16GiB", help="of our pool, and of each peer's CPU memory"
+        "--pool-size",
+        default="16GiB",
+        help="of our pool, and of each peer's CPU memory (vLLM's own may take the next power of two)",
     )
     parser.add_argument("--shm-dir", default=SHM_DIR, help="where the pool lies: a tmpfs")
     parser.add_argument("--checksum", choices=("off", "sampled", "all"), default="sampled")
