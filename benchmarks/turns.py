@@ -32,6 +32,8 @@ PAUSE_S = 0.1
 LOOK_S = 0.5
 """How often a silent child is looked at: its own children may hold its end of the connection open."""
 
+END_S = 10.0
+
 
 class PlayerError(Exception):
     """A child that ended before its turns did, or took too long."""
@@ -64,11 +66,10 @@ class Player:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """After an error at once, else with time to clean up, as an engine needs for its shared memory."""
+        """After an error at once, else with time to clean up."""
         self.let_go()
         if error is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait()
+            self._ended()
         self._child.stop()
 
     def let_go(self) -> None:
@@ -85,17 +86,21 @@ class Player:
         """The value of its start, or of a turn; False: its turns are over. PlayerError."""
         while not self._ours.poll(LOOK_S):
             if not self._child.running and not self._ours.poll():
-                raise PlayerError(self._end())
+                raise PlayerError(self._ended())
             if time.monotonic() > give_up:
                 raise PlayerError("timeout")
         try:
             yielded = self._ours.recv()
         except (EOFError, ConnectionResetError) as error:
-            raise PlayerError(self._end()) from error
+            raise PlayerError(self._ended()) from error
         self.values += yielded
         return bool(yielded)
 
-    def _end(self) -> str:
+    def _ended(self) -> str:
+        """What became of it, after some time to clean up: an engine has shared memory."""
+        assert self._child.process is not None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.process.wait(END_S)
         return f"exit status {self._child.stop()}"
 
     def drop(self, why: str) -> None:
