@@ -53,6 +53,12 @@ def kind_of(name: str) -> str:
     return name.partition("+")[0]
 
 
+def salt_of(name: str) -> str:
+    """Keeps arms of our own with other options apart, which share a pool; none for the rest, whose hashes stay as
+    they are."""
+    return name.partition("+")[2]
+
+
 def transfer_of(connector: str, extra: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     transfer = {"kv_connector": connector, "kv_role": "kv_both", **more}
     return transfer if extra is None else {**transfer, "kv_connector_extra_config": extra}

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import POOL_ARMS, add_arms, kind_of, take_turns, trace_file
+from benchmarks.arms import add_arms, salt_of, take_turns, trace_file
 from benchmarks.gpu_script import numbers, run_script, script_parser
 from benchmarks.offline import OfflineEngine, kv_bytes_per_token, random_prompt
 from benchmarks.report import percentile
@@ -193,7 +193,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {**job, "kv_gib": args.kv_gib}
 
     def job_of(name: str) -> dict[str, Any]:
-        return {**job, "salt": name if kind_of(name) in POOL_ARMS else ""}
+        return {**job, "salt": salt_of(name)}
 
     take_turns(MODULE, job_of, results, folder, args)
     turns = results["turns"]

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import POOL_ARMS, add_arms, kind_of, take_turns
+from benchmarks.arms import add_arms, salt_of, take_turns
 from benchmarks.gpu_script import run_script, script_parser
 from benchmarks.offline import OfflineEngine, random_prompt
 from benchmarks.report import percentile
@@ -105,8 +105,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"prompts": args.prompts}
 
     def job_of(name: str) -> dict[str, Any]:
-        salt = name if kind_of(name) in POOL_ARMS else ""
-        return {"rounds": args.rounds, "prompts": args.prompts, "salt": salt}
+        return {"rounds": args.rounds, "prompts": args.prompts, "salt": salt_of(name)}
 
     take_turns(MODULE, job_of, results, folder, args)
     results["table"] = table(results["turns"])

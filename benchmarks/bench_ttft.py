@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arms import POOL_ARMS, add_arms, kind_of, take_turns, trace_file
+from benchmarks.arms import POOL_ARMS, add_arms, kind_of, salt_of, take_turns, trace_file
 from benchmarks.gpu_script import measure_link, numbers, run_script, script_parser
 from benchmarks.offline import OfflineEngine, kv_bytes_per_token, random_prompt
 from benchmarks.traced_steps import STEPS, Spans, by_step, spans_of, told, traced_requests
@@ -183,10 +183,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"link_gb_per_s": link}
 
     def job_of(name: str) -> dict[str, Any]:
-        kind = kind_of(name)
-        salt = name.replace("-other", "") if kind in POOL_ARMS else ""
-        job = {"lengths": args.lengths, "repeats": args.repeats, "salt": salt}
-        return {**job, "rounds": ROUNDS.get(kind, KINDS)}
+        job = {"lengths": args.lengths, "repeats": args.repeats, "salt": salt_of(name)}
+        return {**job, "rounds": ROUNDS.get(kind_of(name), KINDS)}
 
     take_turns(MODULE, job_of, results, folder, args)
     turns = results["turns"]
