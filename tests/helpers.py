@@ -208,7 +208,7 @@ def store(client: PoolClient, keys: BlockKeys, **options: Any) -> SlotRefs:
     assert grant.refs is not None, grant.reason
     granted = write_blocks(client, keys, grant.refs)
     client.complete_store(grant.request_id)
-    until(lambda: (client.poll(), not client._ledger.writing)[1], "acknowledgement")
+    until(lambda: (client.poll(), not client.writing)[1], "acknowledgement")
     return granted
 
 

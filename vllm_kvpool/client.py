@@ -92,8 +92,9 @@ class PoolClient:
         self.view: PoolView | None = None
         self.skipped: Counter[str] = Counter()
         """What was not done, by reason."""
+        self.timeout_ms = timeout_ms
+        """How long the daemon may take for an answer; a change counts for what is sent from then on."""
         self._namespace = namespace
-        self._timeout_ms = timeout_ms
         self._channel = Channel(paths.endpoint)
         self._lock = ClientLock(self.lock_path)
         self._ledger = StoreLedger()
@@ -185,7 +186,7 @@ class PoolClient:
         if reason is not None:
             self.skipped[reason] += 1
             return None
-        due_ms = now_ms() + self._timeout_ms
+        due_ms = now_ms() + self.timeout_ms
         request = PrepareStore(
             id=next(self._ids),
             deadline_ms=due_ms,
@@ -428,7 +429,7 @@ class PoolClient:
 
     def _send_completion(self, request: CompleteStore) -> None:
         if self._channel.send(request):
-            self._ledger.sent(request, now_ms() + self._timeout_ms)
+            self._ledger.sent(request, now_ms() + self.timeout_ms)
         else:
             self._leave()
 

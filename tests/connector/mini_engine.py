@@ -236,11 +236,11 @@ class MiniEngine:
         link = self.connector._scheduler._link
         link.start()
         until(lambda: (link.poll(), link.usable)[1], "connection")
-        link.client._timeout_ms = PATIENT_MS  # a second's standstill costs no store
+        link.client.timeout_ms = PATIENT_MS  # a second's standstill costs no store
 
     def lose_patience(self) -> None:
         """For tests of daemons that do not answer."""
-        self.connector._scheduler._link.client._timeout_ms = ENGINE_MS
+        self.connector._scheduler._link.client.timeout_ms = ENGINE_MS
 
     def _kv_config(self) -> Any:
         spec = FullAttentionSpec(
@@ -325,7 +325,7 @@ class MiniEngine:
     def _stores_are_acknowledged(self) -> bool:
         link = self.connector._scheduler._link
         assert link.poll() == []
-        return not link.connected or not link.client._ledger.writing
+        return not link.connected or not link.client.writing
 
     # a step -------------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ SHORT_MS = 200
 def lose_patience(client: PoolClient) -> None:
     """From now on it waits 200 ms for an answer. Not before: an answer of a daemon that lives may take long on a
     busy machine."""
-    client._timeout_ms = SHORT_MS
+    client.timeout_ms = SHORT_MS
 
 
 def test_lookups_and_leases_go_on(daemon: Daemon, client: PoolClient) -> None:
@@ -89,7 +89,7 @@ def test_grants_that_come_too_late_leak_nothing(daemon: Daemon, client: PoolClie
     lose_patience(client)
     request_id = client.prepare_store(keys_of("chain", 8))
     assert wait_grant(client, request_id).refs is None
-    client._timeout_ms = PATIENT_MS
+    client.timeout_ms = PATIENT_MS
     daemon.resume()
     wait_connected(client)
     assert daemon.counter("writing") == 0
@@ -116,7 +116,7 @@ def test_store_in_flight_is_completed_afterwards(daemon: Daemon, client: PoolCli
     lose_patience(client)
     client.complete_store(grant.request_id, aborted=SlotRefs(granted[16:]))
     until(lambda: (client.poll(), not client.connected)[1])
-    client._timeout_ms = PATIENT_MS
+    client.timeout_ms = PATIENT_MS
     daemon.resume()
     until(lambda: (client.poll(), num_refs(client.match_prefix(keys)) == 2)[1])
     wait_connected(client)

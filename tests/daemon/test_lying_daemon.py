@@ -137,7 +137,7 @@ def test_grant_that_does_not_fit_the_keys(
 def test_bytes_that_are_no_reply(liar: LyingDaemon, reply: bytes) -> None:
     liar.connect()
     liar.answer = lambda _: reply
-    liar.client._timeout_ms = 100
+    liar.client.timeout_ms = 100
     assert liar.client.prepare_store(keys_of("chain", 1)) is not None
     (end,) = until(liar.turn, "the end of the request")
     assert (end.refs, end.reason) == (None, "timeout")
@@ -151,7 +151,7 @@ def test_refused_completion_is_said_again_after_a_hello(liar: LyingDaemon) -> No
     liar.client.complete_store(grant.request_id)
     until(lambda: (liar.turn(), not liar.client.connected)[1], "the refusal")
     liar.answer = lambda request: Completed(id=request.id, ready=1)
-    until(lambda: (liar.turn(), liar.client._ledger.writing == b"")[1], "the second time")
+    until(lambda: (liar.turn(), liar.client.writing == b"")[1], "the second time")
     assert liar.hellos()[-1].writing == ref
     assert [r.refs for r in liar.seen if isinstance(r, CompleteStore)] == [ref, ref]
     assert liar.client.connected
