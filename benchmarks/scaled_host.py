@@ -186,5 +186,5 @@ class SimulatedHost:
         no floor here. Who waits for a load holds up nobody."""
         taken_s = tokens / self.model.prefill_tokens_per_s
         self.engine.prefill_free_s = max(self.engine.prefill_free_s, arrived_s) + taken_s
-        self.tradeoff.computed(tokens, taken_s, alone=False)
+        self.tradeoff.computed(tokens, taken_s)
         return max(self.engine.prefill_free_s, ready_s + taken_s), taken_s

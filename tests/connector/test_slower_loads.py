@@ -28,18 +28,17 @@ def teach_loads(engine: MiniEngine, seconds: float) -> None:
         tradeoff_of(engine).loaded(BLOCK, first_s + i * seconds, first_s + (i + 1) * seconds)
 
 
-def teach_floor(engine: MiniEngine) -> None:
-    """A step takes half a minute at least, a token a quarter of a second; loads are quick."""
-    for _ in range(3 * MIN_OBSERVATIONS):
-        for tokens, seconds in ((1_000, 250.0), (1, 30.0)):
-            Tradeoff.computed(tradeoff_of(engine), tokens, seconds, alone=True)
+def teach_steps(engine: MiniEngine) -> None:
+    """However many tokens, a step takes half a minute; loads are quick."""
+    for tokens in (1, 1_000) * MIN_OBSERVATIONS:
+        Tradeoff.computed(tradeoff_of(engine), tokens, 30.0)
     teach_loads(engine, QUICK_S)
 
 
-def watched_prefills(engine: MiniEngine) -> list[tuple[int, bool]]:
-    """(tokens, alone) of those that the engine learns from."""
-    seen: list[tuple[int, bool]] = []
-    tradeoff_of(engine).computed = lambda tokens, seconds, alone: seen.append((tokens, alone))
+def watched_prefills(engine: MiniEngine) -> list[int]:
+    """How many tokens were computed during each that the engine learns from."""
+    seen: list[int] = []
+    tradeoff_of(engine).computed = lambda tokens, seconds: seen.append(tokens)
     return seen
 
 
@@ -51,7 +50,6 @@ def test_engines_learn_both_from_their_requests(make_engine: MakeEngine) -> None
         engine.reset_prefix_cache()
         assert engine.generate(prompt)[1] == (3 + seed) * BLOCK
     tradeoff = tradeoff_of(engine)
-    assert tradeoff._computations.count == 2 * MIN_OBSERVATIONS
     assert tradeoff._loads.count == MIN_OBSERVATIONS
     prediction = tradeoff.predict(4 * BLOCK, 5, False, tradeoff._last_load_s)
     assert prediction is not None
@@ -82,18 +80,18 @@ def test_quick_loads_are_made(make_engine: MakeEngine) -> None:
     engine.reset_prefix_cache()
     teach_loads(engine, QUICK_S)
     for _ in range(3 * MIN_OBSERVATIONS):
-        tradeoff_of(engine).computed(BLOCK, SLOW_S, alone=True)
+        tradeoff_of(engine).computed(6 * BLOCK + 5, SLOW_S)
     assert engine.generate(prompts[1]) == (expected_output(prompts[1]), 6 * BLOCK)
     assert len(engine.stats["predicted_load_seconds"]) == 1
     assert "misses:slower" not in engine.stats
 
 
-def test_within_the_floor_only_a_busy_engine_loads(make_engine: MakeEngine) -> None:
+def test_only_a_busy_engine_loads_what_a_step_computes_as_well(make_engine: MakeEngine) -> None:
     engine = make_engine(num_blocks=64)
     prompt, other = prompt_of(1, 6 * BLOCK + 5), prompt_of(2, BLOCK + 5)
     engine.generate(prompt)
     engine.reset_prefix_cache()
-    teach_floor(engine)
+    teach_steps(engine)
     assert engine.generate(prompt) == (expected_output(prompt), 0)
     assert engine.stats["misses:slower"] == 1
     assert engine.stats["predicted_compute_seconds"] == [0]
@@ -104,34 +102,21 @@ def test_within_the_floor_only_a_busy_engine_loads(make_engine: MakeEngine) -> N
     assert engine.generate(prompt) == (expected_output(prompt), 6 * BLOCK)
 
 
-def test_prefills_are_alone_from_begin_to_end(make_engine: MakeEngine) -> None:
+def test_prefills_count_what_was_computed_beside_them(make_engine: MakeEngine) -> None:
+    engine = make_engine(num_blocks=64, max_tokens=4 * BLOCK)
+    prefills = watched_prefills(engine)
+    engine.generate(prompt_of(0, 6 * BLOCK))
+    for seed in (1, 2):
+        engine.add(prompt_of(seed, 2 * BLOCK))
+    engine.run()
+    assert prefills == [6 * BLOCK, 4 * BLOCK, 4 * BLOCK]
+
+
+def test_prefill_of_an_aborted_request_teaches_nothing(make_engine: MakeEngine) -> None:
     engine = make_engine(num_blocks=64, max_tokens=2 * BLOCK)
     prefills = watched_prefills(engine)
-    engine.generate(prompt_of(0, 100))
-    assert prefills == [(100, True)]
-    engine.add(prompt_of(1, 101))
-    engine.step()
-    engine.add(prompt_of(2, 102), max_tokens=20)  # comes in the midst of it
-    engine.run()
-    engine.add(prompt_of(3, 103), max_tokens=20)
-    engine.step()
-    engine.step()
-    request_id = engine.add(prompt_of(4, 104))
+    request_id = engine.add(prompt_of(1, 5 * BLOCK))
     engine.step()
     engine.abort(request_id)
     engine.run()
-    engine.generate(prompt_of(5, 105))
-    assert sorted(prefills[1:]) == [(101, False), (102, False), (103, False), (105, True)]
-
-
-def test_a_request_that_outlasts_others_was_not_alone(make_engine: MakeEngine) -> None:
-    engine = make_engine(num_blocks=64, max_tokens=2 * BLOCK)
-    prefills = watched_prefills(engine)
-    decoding = engine.add(prompt_of(1, 2 * BLOCK), max_tokens=100)
-    engine.step()
-    engine.step()
-    engine.add(prompt_of(2, 102))
-    engine.step()
-    engine.abort(decoding)
-    engine.run()
-    assert prefills == [(2 * BLOCK, True), (102, False)]
+    assert prefills == []

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
-class Prefill(NamedTuple):
-    num_tokens: int
-    """Computed, so without those found in a cache."""
-    seconds: float
-    alone: bool
-    """No other request was in the engine at any time of it."""
-
-
-@dataclass(slots=True)
-class _Running:
+class _Running(NamedTuple):
     request: Any
     begun_s: float
-    num_tokens: int
-    alone: bool
+    computed_before: int
 
 
 class PrefillTimes:
@@ -28,26 +17,24 @@ class PrefillTimes:
 
     def __init__(self) -> None:
         self._running: dict[str, _Running] = {}
+        self._computed = 0
+        """Tokens so far, of all requests: they share the steps."""
 
-    def joined(self) -> None:
-        """Another request has come."""
-        for one in self._running.values():
-            one.alone = False
-
-    def scheduled(
-        self, request: Any, num_computed_tokens: int, now_s: float, *, alone: bool
-    ) -> None:
+    def scheduled(self, request: Any, now_s: float) -> None:
         """For the first time, or again after all of its blocks were taken away."""
-        num_tokens = request.num_prompt_tokens - num_computed_tokens
-        if request.num_output_tokens == 0 and num_tokens > 0:
-            self._running[request.request_id] = _Running(request, now_s, num_tokens, alone)
+        if request.num_output_tokens == 0:
+            self._running[request.request_id] = _Running(request, now_s, self._computed)
 
-    def take_finished(self, now_s: float) -> list[Prefill]:
-        """Those that have a token by now."""
+    def step(self, num_tokens: int) -> None:
+        """It computes so many, with those of the requests scheduled before."""
+        self._computed += num_tokens
+
+    def take_finished(self, now_s: float) -> list[tuple[int, float]]:
+        """(tokens computed meanwhile, seconds) of those that have a token by now."""
         done = [one for one in self._running.values() if one.request.num_output_tokens > 0]
         for one in done:
             del self._running[one.request.request_id]
-        return [Prefill(one.num_tokens, now_s - one.begun_s, one.alone) for one in done]
+        return [(self._computed - one.computed_before, now_s - one.begun_s) for one in done]
 
     def forget(self, request_id: str) -> None:
         self._running.pop(request_id, None)

@@ -69,7 +69,6 @@ class SchedulerSide:
             record.ambiguous_lora = True
         record.may_store = hints.store and not record.ambiguous_lora
         self._records[request.request_id] = record
-        self._prefills.joined()
         if self._link.mask:
             record.keys(self._link.mask)  # most of a lookup's time, spent before it is waited for
         return record
@@ -78,16 +77,11 @@ class SchedulerSide:
         """MultiConnector of older versions does not announce requests."""
         return self._records.get(request.request_id) or self.add_request(request)
 
-    @property
-    def _alone(self) -> bool:
-        """Whether there is one request in the engine."""
-        return len(self._records) == 1
-
     def look_up(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         record = self._record(request)
         if self._link.settling:
             return None, False
-        record.alone = self._alone
+        record.alone = len(self._records) == 1
         record.lookup = self._loads.look_up(record, num_computed_tokens)
         if self._pulls.puts_off(record, record.lookup, self._loads.end(record)):
             record.lookup = None
@@ -123,19 +117,20 @@ class SchedulerSide:
             record = self._records[request_id]
             if replace:
                 record.block_ids = list(block_ids)
-                self._prefills.scheduled(record.request, num_computed, now_s, alone=self._alone)
+                self._prefills.scheduled(record.request, now_s)
             elif block_ids:
                 record.block_ids.extend(block_ids)
             if connected:
                 self._stores.offer(record, num_computed + output.num_scheduled_tokens[request_id])
+        self._prefills.step(output.total_num_scheduled_tokens)
         self._pulls.end_step()
         loads, stores = self._loads.take_planned(), self._stores.take_planned()
         attachment = self._attachment(bool(loads or stores))
         return KVPoolMetadata(attachment, loads, stores, output.total_num_scheduled_tokens > 0)
 
     def _learn_prefills(self, now_s: float) -> None:
-        for prefill in self._prefills.take_finished(now_s):
-            self._tradeoff.computed(*prefill)
+        for num_tokens, seconds in self._prefills.take_finished(now_s):
+            self._tradeoff.computed(num_tokens, seconds)
 
     def _attachment(self, needed: bool) -> PoolAttachment | None:
         if not needed and not self._link.connected:

@@ -1,32 +1,31 @@
 """Load or compute again, whichever is predicted to be faster.
 
 Both are learnt from what requests of this engine went through: the time of a load until its blocks can be used, and the
-time from the first step of a prompt's computation to its first token, with all that is computed beside it. A load does
-not count its wait for other loads: many of them at once would look slow one by one, while the link still carries all of
-them sooner than the GPU computes them. A load is a straight line over the number of tokens, fitted to the
-last ones; computation is so much a token, as in the longest of the last prompts, and at least what any step takes (the
-floor: the starts of its kernels). The rest of a loaded prompt takes that floor in any case, so a request alone in its
-engine saves nothing by loading what would be computed within it. Beside other requests every token counts: their steps
-take the floor anyway. Until both are known, and again when no load was seen for a while, the answer is to load.
+time from the first step of a prompt's computation to its first token, with how many tokens were computed meanwhile. A
+load does not count its wait for other loads: many of them at once would look slow one by one, while the link still
+carries all of them sooner than the GPU computes them. A load is a straight line over the number of tokens, fitted to
+the last ones; computation is a curve (`curve.py`). A request alone in its engine saves what its whole prompt takes less
+what the rest of it takes in any case, which is nothing where a step takes as long for both. Beside other requests every
+token counts, as many share a step. Until both are known, and again when no load was seen for a while, the answer is to
+load.
 
 Pure: no clock, no engine.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from vllm_kvpool.connector.curve import Curve
 
 KEEP = 0.9
 """What an observation weighs when the next one comes: about the last ten count."""
 MIN_OBSERVATIONS = 8
-"""Of each kind. The first ones are slow: memory is touched, kernels are loaded."""
+"""The first ones are slow: memory is touched."""
 TRUST_S = 10.0
 """A line of loads is believed for so long after its last one: were loads given up for good because some were slow,
 nobody would notice when they get fast again."""
-FLOOR_SHARE = 0.5
-"""A prompt whose tokens explain at most this share of its time took the floor."""
 
 
 @dataclass(slots=True)
@@ -52,10 +51,6 @@ class Line:
     def known(self) -> bool:
         return self.count >= MIN_OBSERVATIONS
 
-    def through_origin(self) -> float:
-        """Seconds a token of the best line without an intercept: the longest observations decide."""
-        return self.product / self.tokens_squared
-
     def _slope(self) -> float:
         """Through the origin where the observations do not tell otherwise: all about as long, or
         shorter ones that took longer."""
@@ -64,7 +59,7 @@ class Line:
             slope = (self.weight * self.product - self.tokens * self.seconds) / spread
             if slope > 0:
                 return slope
-        return self.through_origin()
+        return self.product / self.tokens_squared
 
     def at(self, tokens: int) -> float:
         slope = self._slope()
@@ -83,10 +78,7 @@ class Prediction(NamedTuple):
 class Tradeoff:
     def __init__(self) -> None:
         self._loads = Line()
-        self._computations = Line()
-        self._floors_s: deque[float] = deque(maxlen=MIN_OBSERVATIONS)
-        """Of the last prompts that took the floor. The least counts: whatever disturbs a step makes it longer, and the
-        slope takes fewer prompts than these to follow an engine that gets slower, however much."""
+        self._computations = Curve()
         self._last_load_s = float("-inf")
 
     def loaded(self, tokens: int, begun_s: float, now_s: float) -> None:
@@ -94,18 +86,9 @@ class Tradeoff:
         self._loads.add(tokens, now_s - max(begun_s, self._last_load_s))
         self._last_load_s = now_s
 
-    def computed(self, tokens: int, seconds: float, alone: bool) -> None:
-        """`alone`: no other request was in the engine at any time of it."""
+    def computed(self, tokens: int, seconds: float) -> None:
+        """So many, of whatever requests, in that time."""
         self._computations.add(tokens, seconds)
-        if alone and self._computations.known:
-            explained_s = self._computations.through_origin() * tokens
-            if explained_s <= FLOOR_SHARE * seconds or seconds < self._floor_s:
-                self._floors_s.append(seconds)
-
-    @property
-    def _floor_s(self) -> float:
-        """0: not known, as where all prompts are long."""
-        return min(self._floors_s) if len(self._floors_s) == MIN_OBSERVATIONS else 0.0
 
     def predict(self, tokens: int, rest: int, alone: bool, now_s: float) -> Prediction | None:
         """For `tokens` more of a prompt of which `rest` others are computed in any case. `alone`: no other request is
@@ -114,6 +97,7 @@ class Tradeoff:
             return None
         if now_s > self._last_load_s + TRUST_S:
             return None
-        slope, floor_s = self._computations.through_origin(), self._floor_s if alone else 0.0
-        compute_s = max(floor_s, slope * (rest + tokens)) - max(floor_s, slope * rest)
+        compute_s = self._computations.per_token() * tokens
+        if alone:
+            compute_s = self._computations.at(rest + tokens) - self._computations.at(rest)
         return Prediction(self._loads.at(tokens), compute_s)
