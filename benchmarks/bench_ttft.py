@@ -18,7 +18,8 @@ pool hit over a peer's of the same prompt.
 
 Caveats. Dummy weights make near ties of tokens: recompute rounds differently than a hit, of whatever kind, so "as VRAM"
 (pool hit against VRAM hit: the same computation) must hold for all prompts, and "as recompute" may not. Eager mode, the
-default here, hides nothing of a load; `--graphs` turns it off. The KV cache of an engine holds one prompt and a bit.
+default here, hides nothing of a load; `--graphs` turns it off. The KV cache of an engine holds two long prompts, since
+stores may pin half of it.
 Only the latest prompts are asked for, so `--pool-size` need not hold them all. LMCache needs its package.
 """
 
@@ -61,7 +62,7 @@ def make_prompts(length: int, repeats: int) -> list[tuple[list[int], int]]:
 
 
 def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-    prompts = {length: make_prompts(length, job["repeats"]) for length in job["lengths"]}
+    prompts = {length: make_prompts(length, repeats) for length, repeats in job["repeats"]}
     engine = OfflineEngine(job["model"], job["transfer"], salt=job["salt"], **job["engine"])
     engine.generate(random_prompt(random.Random(), 3_000), 1)
     yield {"start_s": engine.start_s}
@@ -137,25 +138,23 @@ def same(left: Prompts, kind: str, right: Prompts, other_kind: str) -> str:
 
 
 def table(
-    turns: dict[str, list[Any]], lengths: list[int], repeats: int, tokens_per_ms: float
+    turns: dict[str, list[Any]], repeats: dict[int, int], tokens_per_ms: float
 ) -> list[dict[str, Any]]:
     lines = []
     for name, of_arm in turns.items():
         computed = turns.get(name.replace("-other", ""), [])
-        for length in lengths:
+        for length, count in repeats.items():
             prompts = prompts_of(of_arm, length)
-            line = summary(prompts, prompts_of(computed, length), repeats, tokens_per_ms)
+            line = summary(prompts, prompts_of(computed, length), count, tokens_per_ms)
             lines.append({"arm": name, "tokens": length, **line})
     return lines
 
 
-def against_peers(
-    turns: dict[str, list[Any]], lengths: list[int], repeats: int
-) -> list[dict[str, Any]]:
+def against_peers(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list[dict[str, Any]]:
     """Our pool hits over those of each peer: the median of the ratios of the same prompt."""
     lines = []
     ours = [name for name in turns if kind_of(name) in POOL_ARMS]
-    for length in lengths:
+    for length, count in repeats.items():
         for name in ours:
             line = {"tokens": length, "arm": name, "over": {}}
             for peer in set(turns) - set(ours):
@@ -164,7 +163,7 @@ def against_peers(
                 )
                 ratios = [
                     one["pool"]["ms"] / other["pool"]["ms"]
-                    for one, other in list(pairs)[1 : 1 + repeats]
+                    for one, other in list(pairs)[1 : 1 + count]
                     if "pool" in one and "pool" in other
                 ]
                 if ratios:
@@ -181,32 +180,33 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     token_bytes = kv_bytes_per_token(args.size, args.kv_cache_dtype)
     tokens_per_ms = link["load"] * 1e6 / token_bytes if link else 0.0
     results: dict[str, Any] = {"link_gb_per_s": link}
+    repeats = dict(zip(args.lengths, args.repeats, strict=True))
 
     def job_of(name: str) -> dict[str, Any]:
-        job = {"lengths": args.lengths, "repeats": args.repeats, "salt": salt_of(name)}
+        job = {"repeats": list(repeats.items()), "salt": salt_of(name)}
         return {**job, "rounds": ROUNDS.get(kind_of(name), KINDS)}
 
     take_turns(MODULE, job_of, results, folder, args)
     turns = results["turns"]
-    results["table"] = table(turns, args.lengths, args.repeats, tokens_per_ms)
-    results["against_peers"] = against_peers(turns, args.lengths, args.repeats)
+    results["table"] = table(turns, repeats, tokens_per_ms)
+    results["against_peers"] = against_peers(turns, repeats)
     results["trace"] = {
-        name: trace(of_arm, args.lengths, args.repeats, trace_file(folder, name))
+        name: trace(of_arm, repeats, trace_file(folder, name))
         for name, of_arm in turns.items()
         if trace_file(folder, name).exists()
     }
     return results
 
 
-def trace(turns: list[Any], lengths: list[int], repeats: int, path: Path) -> list[dict[str, Any]]:
+def trace(turns: list[Any], repeats: dict[int, int], path: Path) -> list[dict[str, Any]]:
     """Milliseconds between the steps of the timed requests, by length and kind."""
     requests = traced_requests(path)
     lines = []
-    for length in lengths:
+    for length, count in repeats.items():
         for kind in ("vram", "pool"):
             spans = [
                 traced_spans(found, one[kind])
-                for one in timed(prompts_of(turns, length), repeats, kind)
+                for one in timed(prompts_of(turns, length), count, kind)
                 for found in requests
                 if 0 < found["arrived"] - one[kind]["begun_s"] < one[kind]["ms"] / 1e3
             ]
@@ -270,7 +270,10 @@ def main() -> None:
     parser = script_parser(__doc__)
     add_arms(parser, ARMS)
     parser.add_argument("--lengths", type=numbers, default="1024,8192,32768")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--repeats", type=numbers, default="28,14,7", help="prompts of each of the --lengths"
+    )
+    parser.set_defaults(kv_gib=9)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs instead of eager mode")
     parser.add_argument(
         "--trace", action="store_true", help="of our own arms: what a hit waits for"

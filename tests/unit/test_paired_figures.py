@@ -27,7 +27,7 @@ def test_a_pool_hit_is_told_against_the_vram_hit_of_the_same_prompt() -> None:
         "kvpool": ttft_turns(recompute=100, vram=10, pool=14),
         "kvpool-other": ttft_turns(pool=16, vram=10),
     }
-    own, other = bench_ttft.table(turns, [64], REPEATS, tokens_per_ms=24.0)
+    own, other = bench_ttft.table(turns, {64: REPEATS}, tokens_per_ms=24.0)
     assert own["over_vram"] == 4
     assert own["x_link"] == 2  # 48 tokens take 2 ms
     assert own["as_vram"] == own["as_recompute"] == "5/5"
@@ -39,13 +39,13 @@ def test_a_pool_hit_is_told_against_the_vram_hit_of_the_same_prompt() -> None:
 def test_one_different_output_is_seen() -> None:
     turns = ttft_turns(recompute=100, vram=10, pool=14)
     turns[-1]["output"] = [99]
-    (line,) = bench_ttft.table({"kvpool": turns}, [64], REPEATS, 0.0)
+    (line,) = bench_ttft.table({"kvpool": turns}, {64: REPEATS}, 0.0)
     assert line["as_vram"] == line["as_recompute"] == "4/5"
 
 
 def test_a_peer_is_compared_by_prompt() -> None:
     turns = {"kvpool": ttft_turns(pool=10), "simple": ttft_turns(pool=20), "none": ttft_turns()}
-    (line,) = bench_ttft.against_peers(turns, [64], REPEATS)
+    (line,) = bench_ttft.against_peers(turns, {64: REPEATS})
     assert line == {"tokens": 64, "arm": "kvpool", "over": {"simple": 0.5}}
 
 
