@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--repeats", type=numbers, default="28,14,7", help="prompts of each of the --lengths"
     )
-    parser.set_defaults(kv_gib=9)
+    parser.set_defaults(kv_gib=8.5)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs instead of eager mode")
     parser.add_argument(
         "--trace", action="store_true", help="of our own arms: what a hit waits for"
