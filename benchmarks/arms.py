@@ -44,7 +44,7 @@ def add_arms(parser: argparse.ArgumentParser, arms: str) -> None:
         "--arms",
         default=arms,
         help=f"of {', '.join(known)}; our own with options of the connector, as in "
-        f"kvpool+checksum=off+store=prompt (default {arms})",
+        f"kvpool+checksum=off+store=prompt, or kvpool+way=driver, +way=staged (default {arms})",
     )
 
 
@@ -69,6 +69,9 @@ def kvpool_arm(name: str, args: argparse.Namespace, folder: Path) -> Arm:
     for option in name.split("+")[1:]:
         field_name, _, value = option.partition("=")
         extra[field_name] = int(value) if value.isdigit() else value
+    if way := extra.pop("way", None):
+        forced = ("WayConnector", "benchmarks.way_connector")
+        return Arm(name, kv_transfer_config(extra, connector=forced), {"KVPOOL_WAY": str(way)})
     if not getattr(args, "trace", False):
         return Arm(name, kv_transfer_config(extra))
     traced = ("TracedKVPoolConnector", "benchmarks.traced_connector")

@@ -202,7 +202,7 @@ class CopyEngine:
     shard_bytes: int
     """Bytes of one shard with its trailer, rounded up to 256."""
     backend: str
-    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores by the driver"."""
+    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores staged (few by the driver)"."""
     error: str
     """The last error of the device, "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After
     three failed copies in a row, or one error that ends the CUDA context, the device is not asked again."""

@@ -70,6 +70,7 @@ class CudaBackend final : public CopyBackend {
               const std::function<void()>& on_the_way);
     size_t enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) const;
     bool is_registered(const std::vector<BlockShard>& shards) const;
+    bool is_staged(const Lane& lane, Direction direction, size_t blocks) const;
 
     // On a thread of its own: the engine need not wait for any of it.
     void prepare();
@@ -212,7 +213,7 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
     bool registered = is_registered(shards);
     if (registered) {
         driver_.stream_wait_event(stream, fenced, 0);
-        if (lane.staging != nullptr) return lane.staging->enqueue(direction, shards, stream);
+        if (is_staged(lane, direction, shards.size())) return lane.staging->enqueue(direction, shards, stream);
     }
     std::vector<Run> runs = runs_of(merged_, shards);
     if (registered) {
@@ -222,6 +223,11 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
         enqueue_each(driver_, direction, runs, stream);
     }
     return runs.size();
+}
+
+bool CudaBackend::is_staged(const Lane& lane, Direction direction, size_t blocks) const {
+    bool few = direction == Direction::kStore && blocks * payload_bytes() <= kStagingBytes;
+    return lane.staging != nullptr && !(few && ways_.few_by_driver);
 }
 
 // As few batches as can be, each of which is waited for, but the same number for each thread: while one waits, the
@@ -330,7 +336,8 @@ std::string CudaBackend::describe() const {
     std::string text = "cuda " + context_.device_name();
     if (off_) return text + ", switched off";
     if (!chosen_) return text + ", not calibrated yet";
-    return text + ", loads " + name(ways_.load) + ", stores " + name(ways_.store);
+    const char* few = ways_.store == CudaWay::kStaged && ways_.few_by_driver ? " (few by the driver)" : "";
+    return text + ", loads " + name(ways_.load) + ", stores " + name(ways_.store) + few;
 }
 
 }  // namespace

@@ -20,6 +20,8 @@ constexpr int kRounds = 3;
 // asking for the copies costs this process little: half of the 1 ms of processor time that a GiB may cost in all.
 constexpr double kNearlyAsFast = 1.05;
 constexpr double kCpuSecondsPerByte = 0.5e-3 / (1 << 30);
+// Nobody waits for a few blocks that are stored.
+constexpr double kFastEnoughForFew = 2;
 
 struct Cost {
     double seconds = 1e9;
@@ -85,22 +87,31 @@ Cost measure(const Driver& driver, const Stream& stream, Enqueue enqueue) {
     return best;
 }
 
+struct Trial {
+    Cost direct, staged;
+    uint64_t bytes;
+
+    bool direct_is_as_fast(double times) const { return direct.seconds <= staged.seconds * times; }
+    CudaWay better() const {
+        bool cheap = direct.cpu_seconds <= kCpuSecondsPerByte * static_cast<double>(bytes);
+        return cheap && direct_is_as_fast(kNearlyAsFast) ? CudaWay::kDriver : CudaWay::kStaged;
+    }
+};
+
 Ways try_out(const Driver& driver, const std::vector<Region>& merged) {
     Scratch scratch(driver, merged);
     Stream stream(driver, 0);
     Gather gather(driver, scratch.regions);
     Staging staging(driver, gather, scratch.block_bytes, CopyEngine::shard_bytes(scratch.regions), nullptr);
-    auto bytes = static_cast<double>(scratch.blocks.size() * scratch.block_bytes);
-    auto better = [&](Direction direction) {
+    auto trial = [&](Direction direction) {
         Cost direct = measure(driver, stream, [&](CUstream s) {
             enqueue(driver, direction, runs_of(scratch.regions, scratch.blocks), s);
         });
         Cost staged = measure(driver, stream, [&](CUstream s) { staging.enqueue(direction, scratch.blocks, s); });
-        bool fast = direct.seconds <= staged.seconds * kNearlyAsFast;
-        bool cheap = direct.cpu_seconds <= kCpuSecondsPerByte * bytes;
-        return fast && cheap ? CudaWay::kDriver : CudaWay::kStaged;
+        return Trial{direct, staged, scratch.blocks.size() * scratch.block_bytes};
     };
-    return {better(Direction::kLoad), better(Direction::kStore)};
+    Trial load = trial(Direction::kLoad), store = trial(Direction::kStore);
+    return {load.better(), store.better(), store.direct_is_as_fast(kFastEnoughForFew)};
 }
 
 }  // namespace

@@ -82,6 +82,18 @@ TEST(both_ways_move_the_right_bytes_with_drivers_of_any_age) {
     }
 }
 
+TEST(a_few_blocks_are_stored_by_the_driver) {
+    Device device(CudaWay::kCalibrated);  // where asking for a copy costs as much as making it
+    CHECK_EQ(device.engine->backend().describe(), "cuda Fake, loads staged, stores staged (few by the driver)");
+    uint64_t launches = device.cuda->calls("cuLaunchKernel");
+    CHECK(all(device.store(), CopyStatus::kOk));
+    CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches);
+    device.slots.set_all(SlotState::kReady);
+    CHECK(all(device.load(), CopyStatus::kOk));
+    CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches + 1);
+    for (uint32_t i = 0; i < 8; ++i) CHECK(device.memory.block(10 + i) == device.memory.block(i));
+}
+
 TEST(nothing_is_written_beside_the_blocks) {
     for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged}) {
         Device device(way);
