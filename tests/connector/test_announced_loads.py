@@ -125,6 +125,32 @@ def test_step_that_computes_waits_for_the_load(loader: MiniEngine) -> None:
     assert loader.stats["load_bytes"] > 0
 
 
+def test_wait_for_a_load_is_not_taken_for_computing(loader: MiniEngine) -> None:
+    """The step that computes the rest of the prompt takes as long as the load."""
+    assert loader.connector._scheduler is not None
+    seen: list[int] = []
+    loader.connector._scheduler._tradeoff.computed = lambda tokens, seconds: seen.append(tokens)
+    loader.generate(PROMPT, 1)
+    assert seen == []
+    other = prompt_of(2, 3 * BLOCK)
+    loader.generate(other, 1)
+    assert seen == [3 * BLOCK]
+
+
+def test_load_that_has_come_is_not_waited_for(loader: MiniEngine) -> None:
+    request_id = loader.add(PROMPT)
+    copies = copies_of(loader)
+    while not loader.worker._worker._attached.announced:
+        loader.step()
+    for number in list(copies._late):
+        copies.wait(number, WAIT_MS)
+    ordered: list[int] = []
+    copies.order_after_loads = lambda stream: bool(ordered.append(stream))
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(PROMPT)
+    assert ordered == []
+
+
 def test_engine_with_other_work_is_not_held_up(loader: MiniEngine) -> None:
     """It hears of the load at its end, which nobody waits for."""
     other = prompt_of(2, 3 * BLOCK)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from vllm_kvpool.connector.curve import KEPT, MIN_OBSERVATIONS, Curve
+from vllm_kvpool.connector.curve import FORGOTTEN_AFTER, KEPT, MIN_OBSERVATIONS, REACH, Curve
 
 H200_MS = {9: 15.0, 128: 16.5, 256: 15.8, 512: 17.6, 768: 22.9, 1_024: 29.3, 2_048: 52.2}
 """Llama 3 8B, eager: time to the first token, by tokens computed."""
@@ -24,10 +24,16 @@ def teach(curve: Curve, times_ms: Mapping[int, float], rounds: int) -> None:
             curve.add(tokens, ms)
 
 
-@pytest.mark.parametrize("tokens", [128, 256, 512, 1_024, 2_048])
+@pytest.mark.parametrize("tokens", [128, 512, 1_024, 2_048])
 def test_lengths_that_were_seen(tokens: int) -> None:
     seen = {length: ms for length, ms in H200_MS.items() if length != 768}  # as 512: one length
     assert taught(seen).at(tokens) == pytest.approx(seen[tokens])
+
+
+def test_more_tokens_never_take_less() -> None:
+    curve = taught(H200_MS)
+    assert H200_MS[256] < H200_MS[128] == pytest.approx(curve.at(256))
+    assert [curve.at(n) for n in range(3_000)] == sorted(curve.at(n) for n in range(3_000))
 
 
 def test_lengths_in_between_lie_on_a_straight_line() -> None:
@@ -49,18 +55,34 @@ def test_what_a_step_takes_is_not_guessed() -> None:
 
 def test_longer_prompts_than_ever_seen_take_as_much_longer() -> None:
     curve = taught(H200_MS)
-    assert curve.at(20_480) == pytest.approx(522.0)
+    assert curve.at(REACH * 2_048) == pytest.approx(REACH * 52.2)
     assert curve.per_token() == pytest.approx(52.2 / 2_048)
+
+
+def test_nothing_is_said_of_prompts_far_longer_than_known() -> None:
+    """As where all were loaded, and only their rests computed."""
+    curve = taught({9: 15.0})
+    assert curve.reaches(REACH * 9)
+    assert not curve.reaches(1_000)
 
 
 def test_a_length_is_known_once_it_was_seen_some_times() -> None:
     curve = taught({2_048: 52.2}, rounds=MIN_OBSERVATIONS - 1)
-    assert not curve.known
+    assert not curve.reaches(1)
     curve.add(100, 16.0)
-    assert not curve.known
+    assert not curve.reaches(1)
     curve.add(2_048, 52.2)
-    assert curve.known
+    assert curve.reaches(2_048)
     assert curve.at(100) < 16.0
+
+
+def test_what_long_prompts_took_long_ago_is_forgotten() -> None:
+    """They were three times as fast as all that came since."""
+    curve = taught({8_192: 100.0})
+    teach(curve, {2_048: 75.0}, rounds=FORGOTTEN_AFTER - 1)
+    assert curve.at(8_192) == pytest.approx(100.0)
+    curve.add(2_048, 75.0)
+    assert curve.at(8_192) == pytest.approx(300.0)
 
 
 def test_one_slow_prompt_counts_for_nothing() -> None:
@@ -71,7 +93,7 @@ def test_one_slow_prompt_counts_for_nothing() -> None:
 
 def test_short_prompts_in_great_number_say_nothing_about_long_ones() -> None:
     curve = taught(H200_MS)
-    teach(curve, {16: 15.0, 128: 17.0}, rounds=500)
+    teach(curve, {16: 15.0, 128: 17.0}, rounds=FORGOTTEN_AFTER // 2 - 1)
     assert curve.at(2_048) == pytest.approx(52.2)
 
 

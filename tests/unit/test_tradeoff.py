@@ -82,14 +82,14 @@ def test_what_is_long_past_counts_for_little() -> None:
 
 
 def test_the_faster_one_is_chosen() -> None:
-    quick = taught(load_s=0.01, compute_s=0.1).predict(4_000, 1, False, 101.0)
-    slow = taught(load_s=0.2, compute_s=0.1).predict(4_000, 1, False, 101.0)
+    quick = taught(load_s=0.01, compute_s=0.1).predict(3_000, 1, False, 101.0)
+    slow = taught(load_s=0.2, compute_s=0.1).predict(3_000, 1, False, 101.0)
     assert quick is not None
     assert quick.load_is_faster
-    assert quick.load_s == pytest.approx(0.04)
+    assert quick.load_s == pytest.approx(0.03)
     assert slow is not None
     assert not slow.load_is_faster
-    assert slow.compute_s == pytest.approx(0.4)
+    assert slow.compute_s == pytest.approx(0.3)
 
 
 def test_the_crossover_lies_where_the_lines_meet() -> None:

@@ -207,6 +207,7 @@ class LoadPlanner:
             if load.record.request.request_id not in request_ids:
                 continue
             load.record.loading = False
+            load.record.arriving = True
             if load.refs:
                 num_tokens = num_refs(load.refs) * self._link.block_tokens
                 self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
@@ -225,7 +226,7 @@ class LoadPlanner:
     def _finish(self, load: _Load, statuses: bytes) -> None:
         if load.refs:
             self._client.release(load.refs)
-        load.record.loading = False
+        load.record.loading = load.record.arriving = False
         if not load.num_unleased and not any(statuses):
             return
         load.record.load_failed = True

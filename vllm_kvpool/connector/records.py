@@ -46,6 +46,8 @@ class RequestRecord:
     lookup: Lookup | None = None
     loading: bool = False
     """Its blocks are being written by a load: they hold no tokens yet."""
+    arriving: bool = False
+    """vLLM goes on with it, but the end of its load has not been reported: its first step may have to wait for that."""
     load_failed: bool = False
     """A load failed: this request computes, or it might try the same slots for ever."""
     pull_asked: bool = False

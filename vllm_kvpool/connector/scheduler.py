@@ -117,7 +117,8 @@ class SchedulerSide:
             record = self._records[request_id]
             if replace:
                 record.block_ids = list(block_ids)
-                self._prefills.scheduled(record.request, now_s)
+                if not record.arriving:
+                    self._prefills.scheduled(record.request, now_s)
             elif block_ids:
                 record.block_ids.extend(block_ids)
             if connected:

@@ -37,7 +37,7 @@ HISTOGRAMS = {
     "load_seconds": "Time of a load, from its start in a worker to its end.",
     "store_seconds": "Time of a store, from its start in a worker to its end.",
     "predicted_load_seconds": "What a load was predicted to take, where that decided.",
-    "predicted_compute_seconds": "What computing the same tokens was predicted to take.",
+    "predicted_compute_seconds": "How much longer computing the same tokens too was predicted to take.",
 }
 BUCKETS_S = (
     0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0,

@@ -1,13 +1,13 @@
 """Load or compute again, whichever is predicted to be faster.
 
-Both are learnt from what requests of this engine went through: the time of a load until its blocks can be used, and the
-time from the first step of a prompt's computation to its first token, with how many tokens were computed meanwhile. A
-load does not count its wait for other loads: many of them at once would look slow one by one, while the link still
-carries all of them sooner than the GPU computes them. A load is a straight line over the number of tokens, fitted to
-the last ones; computation is a curve (`curve.py`). A request alone in its engine saves what its whole prompt takes less
-what the rest of it takes in any case, which is nothing where a step takes as long for both. Beside other requests every
-token counts, as many share a step. Until both are known, and again when no load was seen for a while, the answer is to
-load.
+Both are learnt from what requests of this engine went through: the time of a load until vLLM goes on with its request
+(the last bytes may still be coming then, behind the starts of kernels), and the time from the first step of a prompt's
+computation to its first token, with how many tokens were computed meanwhile. A load does not count its wait for other
+loads: many of them at once would look slow one by one, while the link still carries all of them sooner than the GPU
+computes them. A load is a straight line over the number of tokens, fitted to the last ones; computation is a curve
+(`curve.py`). A request alone in its engine saves what its whole prompt takes less what the rest of it takes anyway,
+which is nothing where a step takes as long for both. Beside other requests every token counts, as many share a step.
+Until both are known, and again when no load was seen for a while, the answer is to load.
 
 Pure: no clock, no engine.
 """
@@ -93,7 +93,7 @@ class Tradeoff:
     def predict(self, tokens: int, rest: int, alone: bool, now_s: float) -> Prediction | None:
         """For `tokens` more of a prompt of which `rest` others are computed in any case. `alone`: no other request is
         in the engine. None: not known."""
-        if not self._loads.known or not self._computations.known:
+        if not self._loads.known or not self._computations.reaches(rest + tokens):
             return None
         if now_s > self._last_load_s + TRUST_S:
             return None

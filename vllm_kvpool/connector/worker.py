@@ -153,6 +153,11 @@ class WorkerSide:
         attached = self._attached
         if attached is None or not attached.announced or not (metadata.computes or metadata.loads):
             return
+        self._take_finished(
+            attached
+        )  # nobody waits, for these or others, where all of them have come
+        if not attached.announced:
+            return
         if not attached.engine.order_after_loads(self._device.stream()):
             self._wait_for_announced(attached)
 
@@ -221,11 +226,13 @@ class WorkerSide:
         attached = self._attached
         if attached is None:
             return
-        for number in list(attached.running):
-            attached.engine.cancel(number)
-        self._take_finished(attached)
-        attached.close()
         self._attached = None
+        try:
+            for number in list(attached.running):
+                attached.engine.cancel(number)
+            self._take_finished(attached)
+        finally:
+            attached.close()
 
     def poll(self) -> None:
         """Note what has ended. When nothing has for as long as a load may take, stop the loads:

@@ -61,7 +61,7 @@ class CopyEngine {
     std::vector<FinishedCopy> poll();
     // Loads whose last bytes are on their way: all slots were found good before the copy, no batch has ended badly, and
     // only the loss of the device, or of a lease, can still spoil them.
-    // Waits up to so many milliseconds for one, while there are loads none of which has ended.
+    // Waits up to so many milliseconds for the first one, while there are loads none of which has ended.
     std::vector<uint64_t> arriving(uint64_t milliseconds = 0);
     // Work that `stream` is given from now on comes after the loads that are arriving. False: wait for them here.
     bool order_after_loads(uint64_t stream) { return backend_->order_after_loads(stream); }
