@@ -22,11 +22,17 @@ from benchmarks.processes import ChildProcess, free_port, kv_transfer_config
 from benchmarks.report import write_json
 from benchmarks.turns import Player, rounds
 from vllm_kvpool.config import parse_size
-from vllm_kvpool.errors import KVPoolError
+from vllm_kvpool.errors import ConfigError, KVPoolError
 
 PEER_SERVER_S = 20.0
 """LMCache's server takes connections some time before it answers."""
 POOL_ARMS = ("kvpool", "kvpool-other")
+CONNECTORS = {
+    "way": ("WayConnector", "benchmarks.way_connector"),
+    "load": ("AlwaysLoadConnector", "benchmarks.always_load"),
+    "trace": ("TracedKVPoolConnector", "benchmarks.traced_connector"),
+}
+"""What needs another connector than ours as it is; it finds the value in KVPOOL_WAY, ..."""
 PEERS = ("offloading", "simple", "simple-lazy", "lmcache", "lmcache-mp")
 """`simple-lazy` stores what VRAM is about to drop, `simple` what is computed, as `kvpool` does."""
 PROGRESS_S = 15.0
@@ -44,7 +50,8 @@ def add_arms(parser: argparse.ArgumentParser, arms: str) -> None:
         "--arms",
         default=arms,
         help=f"of {', '.join(known)}; our own with options of the connector, as in "
-        f"kvpool+checksum=off+store=prompt, or kvpool+way=driver, +way=staged (default {arms})",
+        "kvpool+checksum=off+store=prompt, or kvpool+way=driver, +way=staged, +load=always "
+        f"(default {arms})",
     )
 
 
@@ -65,18 +72,22 @@ def transfer_of(connector: str, extra: dict[str, Any] | None = None, **more: Any
 
 
 def kvpool_arm(name: str, args: argparse.Namespace, folder: Path) -> Arm:
+    """ConfigError."""
     extra = {"pool": POOL, "shm_dir": args.shm_dir, "checksum": args.checksum}
     for option in name.split("+")[1:]:
         field_name, _, value = option.partition("=")
         extra[field_name] = int(value) if value.isdigit() else value
-    if way := extra.pop("way", None):
-        forced = ("WayConnector", "benchmarks.way_connector")
-        return Arm(name, kv_transfer_config(extra, connector=forced), {"KVPOOL_WAY": str(way)})
-    if not getattr(args, "trace", False):
+    special = {option: str(extra.pop(option)) for option in ("way", "load") if option in extra}
+    if getattr(args, "trace", False):
+        special["trace"] = str(trace_file(folder, name))
+    if len(special) > 1:
+        which = " and ".join(special)
+        raise ConfigError("--arms", name, f"{which} need a connector each: leave one of them out")
+    if not special:
         return Arm(name, kv_transfer_config(extra))
-    traced = ("TracedKVPoolConnector", "benchmarks.traced_connector")
-    env = {"KVPOOL_TRACE": str(trace_file(folder, name))}
-    return Arm(name, kv_transfer_config(extra, connector=traced), env)
+    ((option, value),) = special.items()
+    transfer = kv_transfer_config(extra, connector=CONNECTORS[option])
+    return Arm(name, transfer, {f"KVPOOL_{option.upper()}": value})
 
 
 def trace_file(folder: Path, arm: str) -> Path:
@@ -139,35 +150,41 @@ def take_turns(
     args: argparse.Namespace,
 ) -> None:
     """The engines of `args.arms`, of our own pool with one daemon. `results["turns"]` gets the values of each arm's
-    turns, by its name, and `args.json` all results after each round; `results["notes"]` what there is to say.
-    SIGTERM ends it early. `job_of`: what the arm of that name is to do."""
+    turns, by its name, and `args.json` all results after each round; `results["notes"]` what there is to say, and
+    which arm was lost. SIGTERM ends it early. `job_of`: what the arm of that name is to do. ConfigError."""
     names = args.arms.split(",")
+    own = {name: kvpool_arm(name, args, folder) for name in names if kind_of(name) in POOL_ARMS}
     turns, notes = results.setdefault("turns", {}), results.setdefault("notes", [])
-    pool_names = [name for name in names if kind_of(name) in POOL_ARMS]
     try:
         with contextlib.ExitStack() as stack:
-            if pool_names:
+            if own:
                 notes.append(stack.enter_context(pool_daemon(args, folder)))
-            arms = [arm for name in names if (arm := start_arm(name, stack, args, folder))]
+            started = (
+                own.get(name) or start_peer(name, stack, args, folder, notes) for name in names
+            )
+            arms = [arm for arm in started if arm]
             players = [player(module, arm, job_of(arm.name), folder, args) for arm in arms]
             turns |= {one.name: one.values for one in players}
             _play(players, stack, results, args)
     except SystemExit:
         notes.append("stopped before the end: the results are those until then")
-    for name in pool_names:
+    for name in own:
         notes += pool_log_lines(folder, name)
 
 
-def start_arm(
-    name: str, stack: contextlib.ExitStack, args: argparse.Namespace, folder: Path
+def start_peer(
+    name: str,
+    stack: contextlib.ExitStack,
+    args: argparse.Namespace,
+    folder: Path,
+    notes: list[str],
 ) -> Arm | None:
-    """None: what it needs beside it failed, and that was told."""
-    if kind_of(name) in POOL_ARMS:
-        return kvpool_arm(name, args, folder)
+    """None: what it needs beside it failed, and that was told and noted."""
     try:
         return stack.enter_context(peer_arm(name, args, folder))
     except (KVPoolError, RuntimeError, OSError, subprocess.SubprocessError) as error:
         print(f"{name}: FAILED: {str(error)[-2000:]}", flush=True)
+        notes.append(f"ATTENTION: {name} was lost before its engine: {str(error)[:300]}")
         return None
 
 
@@ -181,7 +198,7 @@ def _play(
     print(f"starting {', '.join(one.name for one in players)}", flush=True)
     for one in players:
         stack.enter_context(one)
-    for number, playing in enumerate(rounds(players, args.timeout_s)):
+    for number, playing in enumerate(rounds(players, args.timeout_s, results["notes"])):
         now = time.monotonic()
         if number == 0:
             names = ", ".join(one.name for one in playing)

@@ -14,7 +14,9 @@ slice of 12 turns (1 at once), 32 (8) or 64 (32), until all of these have ended;
 figures are over all slices of a concurrency, and seconds those within them. The median of each slice is told too: what
 the machine did to all arms shows there.
 
-A slice begins no turn after `--limit-s` seconds. With `--json` the counters say what our connector did in each slice;
+A slice begins no turn after `--limit-s` seconds; of an arm that was lost there are fewer slices: "turns" tells how many
+were done of all that there are to do. What a user says in a turn is the same in all arms, also after a turn that one of
+them left out. With `--json` the counters say what our connector did in each slice;
 `--trace` tells what the requests of ours waited for, step by step.
 
 Caveats. Users answer at once: there is no time to think, which would be time to store. At the end of a slice the engine
@@ -31,7 +33,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.arms import add_arms, salt_of, take_turns, trace_file
 from benchmarks.gpu_script import numbers, run_script, script_parser
@@ -51,6 +53,15 @@ GRAPH_SIZES = [1, 2, 4, 8, 16, 32]
 # in the arm's process -----------------------------------------------------------------------------
 
 
+class Said(NamedTuple):
+    user: int
+    round: int
+
+    def tokens(self, count: int) -> list[int]:
+        """Of this turn alone: a turn that was left out changes none after it."""
+        return random_prompt(random.Random(f"{SEED} {self.user} {self.round}"), count)
+
+
 @dataclass
 class Turn:
     user: int
@@ -66,26 +77,31 @@ class Conversations:
     def __init__(self, engine: OfflineEngine, users: int) -> None:
         self._engine = engine
         self._draw = random.Random(SEED)
+        """Of the order of users only: the same in all arms, whatever their time allows."""
         self._texts: list[list[int]] = [[] for _ in range(users)]
-        self._asked = 0
+        self._rounds = 0
 
-    def order(self, rounds: int) -> list[int]:
-        """Of users."""
+    def plan(self, rounds: int) -> list[Said]:
+        """In each round everybody has a turn."""
         users = range(len(self._texts))
-        return [user for _ in range(rounds) for user in self._draw.sample(users, len(users))]
+        plan = []
+        for _ in range(rounds):
+            plan += [Said(user, self._rounds) for user in self._draw.sample(users, len(users))]
+            self._rounds += 1
+        return plan
 
     def go_on(
-        self, users: list[int], num_tokens: int, concurrency: int, limit_s: float
+        self, plan: list[Said], num_tokens: int, concurrency: int, limit_s: float
     ) -> dict[str, Any]:
         """They say `num_tokens` more, one after the other; nobody begins after `limit_s`."""
-        waiting = deque(users)
+        waiting = deque(plan)
         busy: dict[str, Turn] = {}
         ended: list[Turn] = []
         self._engine.wake()
         counted = self._engine.counters()
         begun_s = time.perf_counter()
         while waiting or busy:
-            while waiting and len(busy) < concurrency and is_free(waiting[0], busy.values()):
+            while waiting and len(busy) < concurrency and is_free(waiting[0].user, busy.values()):
                 self._ask(waiting.popleft(), num_tokens, busy)
             ended += self._step(busy)
             if time.perf_counter() > begun_s + limit_s:
@@ -94,7 +110,7 @@ class Conversations:
         return {
             "concurrency": concurrency,
             "turns": len(ended),
-            "planned_turns": len(users),
+            "planned_turns": len(plan),
             "begun_s": begun_s,
             "seconds": seconds,
             "ttft_ms": [turn.ttft_ms for turn in ended],
@@ -105,12 +121,11 @@ class Conversations:
             },
         }
 
-    def _ask(self, user: int, num_tokens: int, busy: dict[str, Turn]) -> None:
-        text = self._texts[user]
-        text += random_prompt(self._draw, num_tokens)
-        self._asked += 1
-        request_id = f"turn-{self._asked}"
-        busy[request_id] = Turn(user, len(text), time.perf_counter())
+    def _ask(self, said: Said, num_tokens: int, busy: dict[str, Turn]) -> None:
+        text = self._texts[said.user]
+        text += said.tokens(num_tokens)
+        request_id = f"turn-{said.round}-{said.user}"
+        busy[request_id] = Turn(said.user, len(text), time.perf_counter())
         self._engine.llm.llm_engine.add_request(
             request_id, self._engine.salted(list(text)), self._engine.sampling(OUTPUT_TOKENS)
         )
@@ -150,12 +165,12 @@ def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     engine.generate(random_prompt(random.Random(SEED), job["first_tokens"]), OUTPUT_TOKENS)
     talks = Conversations(engine, job["users"])
     yield {"start_s": engine.start_s}
-    yield talks.go_on(talks.order(1), job["first_tokens"], GRAPH_SIZES[-1], job["first_limit_s"])
+    yield talks.go_on(talks.plan(1), job["first_tokens"], GRAPH_SIZES[-1], job["first_limit_s"])
     for concurrency in job["concurrency"]:
-        users = talks.order(num_rounds(concurrency))
+        plan = talks.plan(num_rounds(concurrency))
         size = slice_turns(concurrency)
-        for first in range(0, len(users), size):
-            some = users[first : first + size]
+        for first in range(0, len(plan), size):
+            some = plan[first : first + size]
             yield talks.go_on(some, MORE_TOKENS, concurrency, job["limit_s"])
 
 
@@ -198,7 +213,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     take_turns(MODULE, job_of, results, folder, args)
     turns = results["turns"]
     results["table"] = [
-        summary(name, slices)
+        summary(name, slices, args.users * num_rounds(concurrency))
         for name in turns
         for concurrency in args.concurrency
         if (slices := slices_of(turns[name], concurrency))
@@ -216,9 +231,11 @@ def slices_of(turns: list[Any], concurrency: int) -> list[dict[str, Any]]:
     return [one for one in turns[2:] if one["concurrency"] == concurrency]
 
 
-def summary(name: str, slices: list[dict[str, Any]]) -> dict[str, Any]:
-    sums = ("turns", "planned_turns", "seconds", "prompt_tokens", "cached_tokens")
-    line = {figure: sum(one[figure] for one in slices) for figure in sums}
+def summary(name: str, slices: list[dict[str, Any]], planned_turns: int) -> dict[str, Any]:
+    """`planned_turns`: of all slices, those too that were not reached."""
+    sums = ("turns", "seconds", "prompt_tokens", "cached_tokens")
+    line: dict[str, Any] = {figure: sum(one[figure] for one in slices) for figure in sums}
+    line["planned_turns"] = planned_turns
     ttft_ms = [ms for one in slices for ms in one["ttft_ms"]]
     quantiles = {f"ttft_p{p}": percentile(ttft_ms, p / 100) for p in (50, 95)}
     return {"arm": name, "concurrency": slices[0]["concurrency"], **line, **quantiles}

@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.arms import add_arms, salt_of, take_turns
 from benchmarks.gpu_script import run_script, script_parser
 from benchmarks.offline import OfflineEngine, random_prompt
-from benchmarks.report import percentile
+from benchmarks.report import percentile, quartiles
 
 MODULE = "benchmarks.bench_overhead"
 ARMS = "none,kvpool,offloading,none-again"
@@ -118,8 +118,10 @@ def table(turns: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     lines = []
     for name, rounds in counted.items():
         line: dict[str, Any] = {"arm": name, "start_s": turns[name][0]["start_s"]}
+        line["rounds"] = len(rounds)
         line |= {figure: statistics.median(one[figure] for one in rounds) for figure in FIGURES}
         bases = [counted[other] for other in bases_of(name) if other in counted]
+        line["rounds_against_none"] = min(map(len, [rounds, *bases])) if bases else 0
         line["against_none"] = {
             figure: quartiles(ratios(figure, rounds, bases)) for figure in FIGURES if bases
         }
@@ -142,27 +144,19 @@ def ratios(
     ]
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """The first, the median, and the third."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    first, median, third = statistics.quantiles(values, method="inclusive")
-    return first, median, third
-
-
 # the report ---------------------------------------------------------------------------------------
 
 
 def print_results(results: dict[str, Any]) -> None:
     print("\n" + "\n".join(results["notes"]))
     print(
-        "\n| arm | a round, s | against none (quartiles) | tokens/s | ITL p50, ms | against none "
+        "\n| arm | rounds | a round, s | against none (quartiles) | tokens/s | ITL p50, ms | against none "
         "| ITL p99, ms | against none | start, s |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     for line in results["table"]:
         against = {name: told(values) for name, values in line["against_none"].items()}
-        cells = [line["arm"], f"{line['seconds']:.3f}", against.get("seconds", "")]
+        cells = [line["arm"], counts(line), f"{line['seconds']:.3f}", against.get("seconds", "")]
         cells.append(f"{results['prompts'] * OUTPUT_TOKENS / line['seconds']:,.0f}")
         for figure in FIGURES[1:]:
             cells += [f"{line[figure]:.2f}", against.get(figure, "")]
@@ -170,6 +164,12 @@ def print_results(results: dict[str, Any]) -> None:
     print("\nseconds of all rounds, the first to warm up:")
     for name, turns in results["turns"].items():
         print(f"{name}: " + " ".join(f"{one['seconds']:.3f}" for one in turns[1:]))
+
+
+def counts(line: dict[str, Any]) -> str:
+    """Of how many rounds the figures are."""
+    rounds, against = line["rounds"], line["rounds_against_none"]
+    return f"{rounds}, {against} against none" if against not in (0, rounds) else str(rounds)
 
 
 def told(values: tuple[float, float, float]) -> str:

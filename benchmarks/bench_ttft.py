@@ -13,8 +13,10 @@ token of the others are compared.
 
 Two engines meet the same prompt within seconds, so they are compared by prompt: "hit - VRAM" is the median over the
 prompts of a pool hit less the VRAM hit of the same prompt, in the round before or after; "x link" is that over the
-time which the bytes take as one big pinned copy, measured before. Below the table: the median over the prompts of our
-pool hit over a peer's of the same prompt.
+time which the bytes take as one big pinned copy, measured before. Both are of the prompts that were loaded; "computed"
+tells how many were not, because the connector took computing for faster or did not find them. "prompts" tells of how
+many the figures of an arm are: an arm that was lost has fewer. Below the table: the median over the prompts of our pool
+hit over a peer's of the same prompt, and of how many.
 
 Caveats. Dummy weights make near ties of tokens: recompute rounds differently than a hit, of whatever kind, so "as VRAM"
 (pool hit against VRAM hit: the same computation) must hold for all prompts, and "as recompute" may not. Eager mode, the
@@ -112,19 +114,28 @@ def summary(
     prompts: Prompts, computed: Prompts, repeats: int, tokens_per_ms: float
 ) -> dict[str, Any]:
     """`computed`: the same of the arm that computed the prompts. `tokens_per_ms`: whose KV the link carries."""
-    line: dict[str, Any] = {}
-    for kind in KINDS:
-        if counted := timed(prompts, repeats, kind):
-            line[kind] = median_ms(counted, kind)
-    if hits := timed(prompts, repeats, "vram", "pool"):
-        line["pool_min"] = min(one["pool"]["ms"] for one in hits)
-        line["cached"] = min(one["pool"]["cached"] for one in hits)
-        line["over_vram"] = statistics.median(one["pool"]["ms"] - one["vram"]["ms"] for one in hits)
+    kinds = [kind for kind in KINDS if any(kind in prompt for prompt in prompts)]
+    counted = timed(prompts, repeats, *kinds)
+    line: dict[str, Any] = {"prompts": len(counted)}
+    if counted:
+        line |= {kind: median_ms(counted, kind) for kind in kinds}
+    if counted and {"vram", "pool"} <= set(kinds):
+        loaded = [one for one in counted if one["pool"]["cached"] > 0]
+        line["pool_min"] = min(one["pool"]["ms"] for one in counted)
+        line["computed"] = len(counted) - len(loaded)
         line["as_vram"] = same(prompts, "pool", prompts, "vram")
         line["as_recompute"] = same(prompts, "pool", computed, "recompute")
-        if tokens_per_ms and line["cached"]:
-            line["x_link"] = line["over_vram"] / (line["cached"] / tokens_per_ms)
+        line |= against_link(loaded, tokens_per_ms)
     return line
+
+
+def against_link(loaded: Prompts, tokens_per_ms: float) -> dict[str, float]:
+    if not loaded:
+        return {}
+    cached = min(one["pool"]["cached"] for one in loaded)
+    over_vram = statistics.median(one["pool"]["ms"] - one["vram"]["ms"] for one in loaded)
+    line = {"cached": cached, "over_vram": over_vram}
+    return {**line, "x_link": over_vram / (cached / tokens_per_ms)} if tokens_per_ms else line
 
 
 def same(left: Prompts, kind: str, right: Prompts, other_kind: str) -> str:
@@ -156,7 +167,7 @@ def against_peers(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list[
     ours = [name for name in turns if kind_of(name) in POOL_ARMS]
     for length, count in repeats.items():
         for name in ours:
-            line = {"tokens": length, "arm": name, "over": {}}
+            line: dict[str, Any] = {"tokens": length, "arm": name, "over": {}, "prompts": {}}
             for peer in set(turns) - set(ours):
                 pairs = zip(
                     prompts_of(turns[name], length), prompts_of(turns[peer], length), strict=False
@@ -168,6 +179,7 @@ def against_peers(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list[
                 ]
                 if ratios:
                     line["over"][peer] = statistics.median(ratios)
+                    line["prompts"][peer] = len(ratios)
             lines.append(line)
     return lines
 
@@ -228,25 +240,26 @@ def traced_spans(found: dict[str, float], request: dict[str, Any]) -> Spans:
 
 def print_table(lines: list[dict[str, Any]]) -> None:
     print(
-        "\n| arm | tokens | recompute | VRAM hit | pool hit, median | best | hit - VRAM | x link "
-        "| cached | as VRAM | as recompute |\n"
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+        "\n| arm | tokens | prompts | recompute | VRAM hit | pool hit, median | best | hit - VRAM "
+        "| x link | cached | computed | as VRAM | as recompute |\n"
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     for line in lines:
-        cells = [line["arm"], f"{line['tokens']:,}"]
+        cells = [line["arm"], f"{line['tokens']:,}", str(line["prompts"])]
         columns = (*KINDS, "pool_min", "over_vram")
         cells += [f"{line[name]:.1f}" if name in line else "" for name in columns]
         cells.append(f"{line['x_link']:.2f}" if "x_link" in line else "")
-        cells += [str(line.get(name, "")) for name in ("cached", "as_vram", "as_recompute")]
+        texts = ("cached", "computed", "as_vram", "as_recompute")
+        cells += [str(line.get(name, "")) for name in texts]
         print("| " + " | ".join(cells) + " |")
 
 
 def print_against_peers(lines: list[dict[str, Any]]) -> None:
-    print("\nour pool hit over a peer's of the same prompt, median of the ratios, best peer first:")
+    print("\nour pool hit over a peer's of the same prompt, median (of how many), best peer first:")
     for line in lines:
         peers = sorted(line["over"].items(), key=lambda pair: -pair[1])
-        told = ", ".join(f"{ratio:.3f} of {peer}" for peer, ratio in peers)
-        print(f"{line['tokens']:,} tokens, {line['arm']}: {told or 'no peer'}")
+        texts = (f"{ratio:.3f} of {peer} ({line['prompts'][peer]})" for peer, ratio in peers)
+        print(f"{line['tokens']:,} tokens, {line['arm']}: {', '.join(texts) or 'no peer'}")
 
 
 def print_trace(name: str, lines: list[dict[str, Any]]) -> None:

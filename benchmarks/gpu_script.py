@@ -17,6 +17,7 @@ from benchmarks.offline import MODEL_SHAPES, make_model
 from benchmarks.report import write_json
 from benchmarks.turns import play
 from vllm_kvpool.config import SHM_DIR
+from vllm_kvpool.errors import ConfigError
 
 
 def script_parser(text: str | None) -> argparse.ArgumentParser:
@@ -67,7 +68,10 @@ def run_script(
         return
     with work_folder() as folder:
         make_model(folder / "model", args.size)
-        results = measure(args, folder)
+        try:
+            results = measure(args, folder)
+        except ConfigError as error:
+            parser.error(str(error))
     report(results)
     if args.json:
         write_json(args.json, results)

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,14 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of all values do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """The first, the median, and the third."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, method="inclusive")
+    return first, median, third
 
 
 @functools.cache  # a script that writes its results as it goes asks for it often

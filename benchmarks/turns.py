@@ -103,10 +103,13 @@ class Player:
             self._child.process.wait(END_S)
         return f"exit status {self._child.stop()}"
 
-    def drop(self, why: str) -> None:
-        """Says so, with the end of its log; stops it."""
+    def drop(self, why: str) -> str:
+        """Stops it; says so, with the end of its log. What to note of it."""
         self._child.stop()
-        print_failure(self.name, why, f"{time.monotonic() - self._begun:.0f} s", self._child.log)
+        took = f"{time.monotonic() - self._begun:.0f} s"
+        print_failure(self.name, why, took, self._child.log)
+        when = f"in round {len(self.values)}" if self.values else "before it was ready"
+        return f"ATTENTION: {self.name} was lost {when}, after {took}: {why}"
 
 
 def play(fd: int, turns: Iterator[Any]) -> None:
@@ -124,18 +127,18 @@ def play(fd: int, turns: Iterator[Any]) -> None:
 
 
 def rounds(
-    players: Collection[Player], limit_s: float, pause_s: float = PAUSE_S
+    players: Collection[Player], limit_s: float, notes: list[str], pause_s: float = PAUSE_S
 ) -> Iterator[list[Player]]:
     """Those that play on: when all are ready, and after each round; then all end, together. `limit_s`: for getting
-    ready, and for each turn. Who is lost is told and dropped."""
+    ready, and for each turn. Who is lost is told and dropped, and `notes` get who, when and why."""
     give_up = time.monotonic() + limit_s
-    playing = [player for player in players if _plays_on(player, Player.receive, give_up)]
+    playing = [player for player in players if _plays_on(player, Player.receive, give_up, notes)]
     for number in itertools.count():
         if not playing:
             break
         yield playing
         for player in random.Random(number).sample(playing, len(playing)):
-            if not _plays_on(player, Player.take_turn, limit_s):
+            if not _plays_on(player, Player.take_turn, limit_s, notes):
                 playing = [other for other in playing if other is not player]
             elif player.values[-1] is not None:
                 time.sleep(pause_s)
@@ -143,9 +146,9 @@ def rounds(
         player.let_go()
 
 
-def _plays_on(player: Player, wait: Any, limit: float) -> bool:
+def _plays_on(player: Player, wait: Any, limit: float, notes: list[str]) -> bool:
     try:
         return bool(wait(player, limit))
     except PlayerError as lost:
-        player.drop(str(lost))
+        notes.append(player.drop(str(lost)))
         return False

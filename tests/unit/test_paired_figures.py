@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import bench_multiturn, bench_overhead, bench_ttft
+from benchmarks import arms, bench_multiturn, bench_overhead, bench_ttft
+from vllm_kvpool.errors import ConfigError
 
 REPEATS = 3
 SLOW = (1.0, 1.0, 3.0, 1.0, 1.0)
@@ -36,6 +39,31 @@ def test_a_pool_hit_is_told_against_the_vram_hit_of_the_same_prompt() -> None:
     assert "recompute" not in other
 
 
+def test_only_loaded_prompts_are_told_against_the_link() -> None:
+    turns = ttft_turns(recompute=100, vram=10, pool=14)
+    hits = [turn for turn in turns[1:] if turn["kind"] == "pool"]
+    hits[1] |= {"cached": 0, "ms": 100.0}
+    (line,) = bench_ttft.table({"kvpool": turns}, {64: REPEATS}, tokens_per_ms=24.0)
+    assert (line["prompts"], line["computed"], line["cached"]) == (3, 1, 48)
+    assert line["over_vram"] == 8  # of 12, in the slow phase, and 4
+    assert line["x_link"] == 4
+    for hit in hits:
+        hit["cached"] = 0
+    (line,) = bench_ttft.table({"kvpool": turns}, {64: REPEATS}, tokens_per_ms=24.0)
+    assert (line["computed"], line["pool"]) == (3, 42)
+    assert not {"cached", "over_vram", "x_link"} & set(line)
+
+
+def test_an_arm_that_was_lost_tells_how_many_prompts_it_has() -> None:
+    turns = {"kvpool": ttft_turns(recompute=100, vram=10, pool=14), "simple": ttft_turns(pool=20)}
+    turns["kvpool"] = turns["kvpool"][:9]  # in the middle of the third prompt
+    own, peer = bench_ttft.table(turns, {64: REPEATS}, tokens_per_ms=24.0)
+    assert (own["prompts"], own["recompute"], own["pool"]) == (1, 100, 14)
+    assert peer["prompts"] == 3
+    (line,) = bench_ttft.against_peers(turns, {64: REPEATS})
+    assert line["prompts"] == {"simple": 1}
+
+
 def test_one_different_output_is_seen() -> None:
     turns = ttft_turns(recompute=100, vram=10, pool=14)
     turns[-1]["output"] = [99]
@@ -46,7 +74,12 @@ def test_one_different_output_is_seen() -> None:
 def test_a_peer_is_compared_by_prompt() -> None:
     turns = {"kvpool": ttft_turns(pool=10), "simple": ttft_turns(pool=20), "none": ttft_turns()}
     (line,) = bench_ttft.against_peers(turns, {64: REPEATS})
-    assert line == {"tokens": 64, "arm": "kvpool", "over": {"simple": 0.5}}
+    assert line == {
+        "tokens": 64,
+        "arm": "kvpool",
+        "over": {"simple": 0.5},
+        "prompts": {"simple": 3},
+    }
 
 
 def overhead_turns(seconds: float, rounds: int = len(SLOW)) -> list[dict[str, float]]:
@@ -67,6 +100,12 @@ def test_a_round_is_told_against_the_same_round_without_a_connector() -> None:
     assert by_arm["none"]["against_none"] == {}
     assert by_arm["kvpool"]["against_none"]["seconds"] == pytest.approx((1.1, 1.1, 1.1))
     assert by_arm["none-again"]["against_none"]["itl_p99"][1] == pytest.approx(11 / 9)
+    counts = [bench_overhead.counts(line) for line in by_arm.values()]
+    assert counts == ["5", "4", "5"]
+    by_arm = {
+        line["arm"]: line for line in bench_overhead.table({**turns, "none": turns["kvpool"]})
+    }
+    assert bench_overhead.counts(by_arm["none-again"]) == "5, 4 against none"
 
 
 def test_slices_of_a_concurrency_are_added_up() -> None:
@@ -77,6 +116,28 @@ def test_slices_of_a_concurrency_are_added_up() -> None:
     ]
     turns = [{"start_s": 1.0}, {"concurrency": 8}, *slices]
     assert bench_multiturn.slices_of(turns, 8) == slices
-    line = bench_multiturn.summary("kvpool", slices)
-    assert (line["turns"], line["planned_turns"], line["seconds"]) == (3, 4, 4.0)
+    line = bench_multiturn.summary("kvpool", slices, planned_turns=6)  # a third one was not reached
+    assert (line["turns"], line["planned_turns"], line["seconds"]) == (3, 6, 4.0)
     assert (line["ttft_p50"], line["ttft_p95"]) == (2.0, 9.0)
+
+
+def test_what_a_user_says_does_not_depend_on_what_others_left_out() -> None:
+    said = bench_multiturn.Said(user=3, round=2)
+    assert said.tokens(16) == said.tokens(16)
+    others = [bench_multiturn.Said(user=2, round=3), bench_multiturn.Said(user=3, round=3)]
+    assert all(other.tokens(16) != said.tokens(16) for other in others)
+
+
+def test_an_arm_with_two_connectors_of_its_own_is_refused(tmp_path: Path) -> None:
+    args = argparse.Namespace(shm_dir="/dev/shm", checksum="off", trace=False)
+    arm = arms.kvpool_arm("kvpool+way=driver", args, tmp_path)
+    assert arm.transfer is not None
+    assert arm.transfer["kv_connector"] == "WayConnector"
+    assert arm.env == {"KVPOOL_WAY": "driver"}
+    with pytest.raises(ConfigError, match="way and load need a connector each"):
+        arms.kvpool_arm("kvpool+way=driver+load=always", args, tmp_path)
+    args.trace = True
+    arm = arms.kvpool_arm("kvpool+store=prompt", args, tmp_path)
+    assert arm.env == {"KVPOOL_TRACE": str(tmp_path / "kvpool+store=prompt-trace.json")}
+    with pytest.raises(ConfigError, match="way and trace need a connector each"):
+        arms.kvpool_arm("kvpool+way=driver", args, tmp_path)

@@ -56,7 +56,7 @@ def players(folder: Path, *kinds: str) -> Iterator[dict[str, Player]]:
 def test_every_round_has_a_turn_of_each_and_no_two_at_once(tmp_path: Path) -> None:
     names = [f"works {number}" for number in range(4)]
     with players(tmp_path, *names) as by_name:
-        for number, playing in enumerate(rounds(by_name.values(), 60, pause_s=0.0)):
+        for number, playing in enumerate(rounds(by_name.values(), 60, [], pause_s=0.0)):
             assert [len(player.values) for player in playing] == [1 + number] * 4
     orders = []
     for number in range(3):
@@ -71,10 +71,17 @@ def test_every_round_has_a_turn_of_each_and_no_two_at_once(tmp_path: Path) -> No
 def test_one_that_dies_is_told_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    notes: list[str] = []
     with players(tmp_path, "works", "dies", "never starts") as by_name:
-        left = [[player.name for player in playing] for playing in rounds(by_name.values(), 60)]
+        playing = rounds(by_name.values(), 60, notes)
+        left = [[player.name for player in these] for these in playing]
     assert left == [["works", "dies"], ["works", "dies"], ["works"], ["works"]]
     assert [len(player.values) for player in by_name.values()] == [4, 2, 0]
+    start, end = notes
+    assert "never starts was lost before it was ready" in start
+    assert start.endswith(": exit status 3")
+    assert "dies was lost in round 2" in end
+    assert end.endswith(": exit status 1")
     told = capsys.readouterr().out
     assert "dies: FAILED" in told
     assert "ValueError: it wants no more" in told
@@ -88,18 +95,22 @@ def test_one_that_takes_too_long_is_stopped(
     with players(tmp_path, "works", "dawdles") as by_name:
         while any("ready" not in log.read_text() for log in tmp_path.glob("*.log")):
             time.sleep(0.05)  # the limit is for a turn, not for the start of Python
-        playing = rounds(by_name.values(), 5)
+        notes: list[str] = []
+        playing = rounds(by_name.values(), 5, notes)
         next(playing)
         begun = time.monotonic()
         assert [[player.name for player in these] for these in playing][-1] == ["works"]
         assert time.monotonic() - begun < 60
     assert [len(player.values) for player in by_name.values()] == [4, 2]
     assert "dawdles: FAILED" in capsys.readouterr().out
+    (note,) = notes
+    assert "dawdles was lost in round 2" in note
+    assert note.endswith(": timeout")
 
 
 def test_an_empty_turn_has_no_pause(tmp_path: Path) -> None:
     with players(tmp_path, "idles") as by_name:
         begun = time.monotonic()
-        assert len(list(rounds(by_name.values(), 60, pause_s=30.0))) == 4
+        assert len(list(rounds(by_name.values(), 60, [], pause_s=30.0))) == 4
         assert time.monotonic() - begun < 30
     assert by_name["idles"].values == ["ready", None, None, None]
