@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import arms, bench_multiturn, bench_overhead, bench_ttft
+from benchmarks import arms, bench_crossover, bench_multiturn, bench_overhead, bench_ttft
 from vllm_kvpool.errors import ConfigError
 
 REPEATS = 3
@@ -126,6 +126,40 @@ def test_what_a_user_says_does_not_depend_on_what_others_left_out() -> None:
     assert said.tokens(16) == said.tokens(16)
     others = [bench_multiturn.Said(user=2, round=3), bench_multiturn.Said(user=3, round=3)]
     assert all(other.tokens(16) != said.tokens(16) for other in others)
+
+
+def crossover_turns(decided: list[dict[str, float]]) -> dict[str, list[dict[str, Any]]]:
+    """Computing takes 30 ms and a load 20, in the third of the counted rounds three times as much."""
+    always: list[dict[str, Any]] = [{"start_s": 1.0}]
+    decides: list[dict[str, Any]] = [{"start_s": 1.0}]
+    for number, one in enumerate(decided, start=bench_crossover.LEARNING_ROUNDS):
+        factor = SLOW[number - bench_crossover.LEARNING_ROUNDS]
+        which = {"tokens": 64, "round": number}
+        always.append({**which, "kind": "recompute", "ms": 30 * factor, "cached": 0})
+        always.append({**which, "kind": "load", "ms": 20 * factor, "cached": 64})
+        decides.append({**which, "kind": "teach", "ms": 30 * factor, "cached": 0})
+        decides.append({**which, "kind": "decided", **one, "ms": one["ms"] * factor})
+    return {bench_crossover.ALWAYS: always, bench_crossover.DECIDES: decides}
+
+
+def test_a_decision_is_told_against_the_better_of_the_same_round() -> None:
+    predicted = {"predicted load": 5.0, "predicted compute": 4.0}
+    decided = [
+        {"ms": 20.9, "cached": 64},
+        {"ms": 30.0, "cached": 0, **predicted},
+        {"ms": 20.0, "cached": 64, **predicted},
+        {"ms": 22.0, "cached": 64, **predicted},
+        {"ms": 30.0, "cached": 0},  # it was not in the pool
+    ]
+    turns = crossover_turns(decided)
+    turns[bench_crossover.ALWAYS][1]["round"] = 0  # it learnt, then
+    row = bench_crossover.row_of(bench_crossover.rounds_of(turns, 64))
+    assert row["rounds"] == 3
+    assert (row["recompute"], row["load"], row["decided"]) == (30, 20, 30)
+    assert row["difference"] == (-20, -10, -10)
+    assert (row["loads"], row["close"], row["close_choice"]) == (2, 1, 2)
+    assert (row["predicted load"], row["predicted compute"]) == (5, 4)
+    assert bench_crossover.row_of(bench_crossover.rounds_of(turns, 128)) == {}
 
 
 def test_an_arm_with_two_connectors_of_its_own_is_refused(tmp_path: Path) -> None:
