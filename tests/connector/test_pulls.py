@@ -216,7 +216,7 @@ def test_waiting_and_loading_requests_do_not_starve_each_other(
     some are aborted. All others end, with the right tokens."""
     draw = random.Random(3)
     a = pair.make_engine(pair.a)
-    extra = {"pull_deadline_ms": 200}
+    extra = {"pull_deadline_ms": 2_000}
     b = pair.make_engine(pair.b, num_blocks=101, asynchronous=asynchronous, extra=extra)
     prompts = {seed: prompt_of(seed, 30 * BLOCK + seed) for seed in range(10, 26)}
     for seed in range(10, 18):
