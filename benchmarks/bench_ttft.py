@@ -21,8 +21,8 @@ hit over a peer's of the same prompt, and of how many.
 Caveats. Dummy weights make near ties of tokens: recompute rounds differently than a hit, of whatever kind, so "as VRAM"
 (pool hit against VRAM hit: the same computation) must hold for all prompts, and "as recompute" may not. Eager mode, the
 default here, hides nothing of a load; `--graphs` turns it off. The KV cache of an engine holds two long prompts, since
-stores may pin half of it.
-Only the latest prompts are asked for, so `--pool-size` need not hold them all. LMCache needs its package.
+stores may pin half of it. Only the latest prompts are asked for, so `--pool-size` need not hold them all. LMCache needs
+its package.
 """
 
 from __future__ import annotations

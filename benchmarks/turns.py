@@ -31,8 +31,8 @@ PAUSE_S = 0.1
 """After a turn: for what a child does in the background."""
 LOOK_S = 0.5
 """How often a silent child is looked at: its own children may hold its end of the connection open."""
-
 END_S = 10.0
+"""For a child to end by itself."""
 
 
 class PlayerError(Exception):

@@ -153,13 +153,11 @@ class WorkerSide:
         attached = self._attached
         if attached is None or not attached.announced or not (metadata.computes or metadata.loads):
             return
-        self._take_finished(
-            attached
-        )  # nobody waits, for these or others, where all of them have come
-        if not attached.announced:
-            return
-        if not attached.engine.order_after_loads(self._device.stream()):
+        # Where all of them have come nobody waits: the order would be after other loads, too.
+        self._take_finished(attached)
+        if attached.announced and not attached.engine.order_after_loads(self._device.stream()):
             self._wait_for_announced(attached)
+            self._take_finished(attached)
 
     def start(self, metadata: KVPoolMetadata) -> None:
         attached = self._attach(metadata.attachment)
@@ -265,7 +263,6 @@ class WorkerSide:
                 logger.warning(
                     "KV pool: the last bytes of a load take more than %d ms", SLOW_END_MS
                 )
-        self._take_finished(attached)
 
     def _take_finished(self, attached: _Attached) -> None:
         """RuntimeError: bytes of an announced load were lost on the way, with the device or with a lease, and vLLM
