@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -29,7 +30,10 @@ struct Memory {
     void fill(uint64_t seed) {
         Random random(seed);
         for (Bytes& array : arrays) {
-            for (uint8_t& byte : array) byte = static_cast<uint8_t>(random());
+            for (size_t at = 0; at < array.size(); at += sizeof(uint64_t)) {
+                uint64_t bytes = random();
+                std::memcpy(&array[at], &bytes, std::min(sizeof(bytes), array.size() - at));
+            }
         }
     }
     Bytes block(uint32_t number) const {
