@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
+from connector.test_failed_loads import view_of
+from connector.test_several_workers import damage, slot_bytes_of
 from helpers import Daemon, until
 
 from vllm_kvpool._native import COPY_FAILED, COPY_STALE, CopyEngine
@@ -20,12 +22,14 @@ MakeEngine = Callable[..., MiniEngine]
 PROMPT = prompt_of(1, 10 * BLOCK + 1)
 BLOCKS = 10
 WAIT_MS = 10_000
+POLLS = 20
+"""After so many a load ends by itself."""
 
 
 class LateCopies:
-    """A copy engine whose loads arrive at once and end when somebody waits for them, as `ends_as`: the last one first,
-    so that the bytes of older ones come as late as they can. `orders`: as a GPU does, whose kernels find the bytes
-    that they were ordered to come after, before anybody on the processor has waited for them."""
+    """A copy engine whose loads arrive at once and end when somebody waits for them, or after many polls, as `ends_as`:
+    the last one first, so that the bytes of older ones come as late as they can. `orders`: as a GPU does, whose kernels
+    find the bytes that they were ordered to come after, before anybody on the processor has waited for them."""
 
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
 
@@ -35,6 +39,8 @@ class LateCopies:
         self._not_waited_for: dict[int, list[tuple[int, bytes, int]]] = {}
         self._late: dict[int, tuple[SlotRefs, bytes]] = {}
         self._ended: list[tuple[int, bytes, int]] = []
+        self._last_poll: dict[int, int] = {}
+        self._polls = 0
         self._numbers = 1_000_000
         self.ends_as: int | None = None
         self.waits = 0
@@ -42,6 +48,7 @@ class LateCopies:
     def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
         self._numbers += 1
         self._late[self._numbers] = (refs, blocks)
+        self._last_poll[self._numbers] = self._polls + POLLS
         return self._numbers
 
     def submit_store(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
@@ -58,11 +65,14 @@ class LateCopies:
 
     def wait(self, number: int, milliseconds: int) -> bool:
         self.waits += 1
+        self._end_from(number, milliseconds)
+        return True
+
+    def _end_from(self, number: int, milliseconds: int) -> None:
         for late in sorted(self._late, reverse=True):
             if late >= number:
                 self._end(late, *self._late.pop(late), milliseconds)
         self._ended += self._not_waited_for.pop(number, [])
-        return True
 
     def _end(self, number: int, refs: SlotRefs, blocks: bytes, milliseconds: int) -> None:
         real = self._engine.submit_load(refs, blocks)
@@ -76,6 +86,10 @@ class LateCopies:
                 self._ended.append((number, bytes([self.ends_as]) * num_refs(refs), nanoseconds))
 
     def poll(self) -> list[tuple[int, bytes, int]]:
+        self._polls += 1
+        for number in [*self._late, *self._not_waited_for]:
+            if self._last_poll[number] <= self._polls:
+                self._end_from(number, WAIT_MS)
         ended, self._ended = self._ended, []
         return ended + self._engine.poll()
 
@@ -110,7 +124,7 @@ def loader(
     yield engine
     engine.run()
     assert engine.free_blocks == 255
-    assert engine.connector._scheduler._link.client.view.leased_slots == 0
+    assert view_of(engine).leased_slots == 0
 
 
 def copies_of(engine: MiniEngine) -> LateCopies:
@@ -191,7 +205,48 @@ def test_nothing_is_left_of_a_request_that_ends_before_its_load(
         loader.step()
     loader.abort(request_id)
     loader.run()
+    assert view_of(loader).leased_slots == 0
     assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
+
+
+def test_a_preempted_request_loads_again_before_its_first_load_was_reported(
+    make_engine: MakeEngine, daemon: Daemon, orders: bool
+) -> None:
+    """The first one's end says nothing of the second, whose blocks hold no tokens yet: they must not be stored."""
+    engine = loaded(make_engine, daemon, orders, asynchronous=True)
+    request_id = engine.add(PROMPT, 40)
+    while not engine.busy:
+        engine.step()
+    engine.add(prompt_of(2, 3 * BLOCK), 40)  # a step that computes announces nothing
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.step()
+    engine.step()
+    side = engine.connector._scheduler
+    assert len(side._loads._loads) == len(copies_of(engine)._late) == 1  # the second one
+    assert side._records[request_id].loading
+    engine.run()
+    assert engine.outputs[request_id] == expected_output(PROMPT, 40)
+    assert engine.stats["hit_blocks"] == 2 * BLOCKS
+
+
+def test_one_rank_announces_its_part_and_the_other_fails(
+    make_engine: MakeEngine, daemon: Daemon, orders: bool
+) -> None:
+    """The request is looked up again before the first rank's report: it computes, and loads nothing twice."""
+    engine = make_engine(tensor_parallel_size=2)
+    engine.generate(PROMPT, 1)
+    until(lambda: daemon.counter("ready") == BLOCKS)
+    engine.reset_prefix_cache()
+    attached = engine.workers[0].connector._worker._attached
+    attached.engine = LateCopies(attached.engine, orders)
+    request_id = engine.add(PROMPT)
+    damage(engine, request_id, 0, slot_bytes_of(engine) // 2 + 9)
+    engine.run()
+    assert engine.outputs[request_id] == expected_output(PROMPT)
+    assert engine.stats["hit_blocks"] == BLOCKS
+    assert engine.stats["load_failed_blocks:checksum"] == 1
+    until(lambda: daemon.counter("dropped") == 1)
+    assert view_of(engine).leased_slots == 0
 
 
 def test_blocks_given_to_another_load_are_not_written_late(

@@ -66,8 +66,10 @@ def test_flipped_byte_is_a_counted_miss_and_the_block_is_forgotten(
     assert loader.stats["load_failed_blocks:checksum"] == 1
     until(lambda: daemon.counter("dropped") == 1)
     until(lambda: daemon.counter("ready") == BLOCKS)  # computed and stored again
+    assert loader.connector._scheduler._tradeoff._loads.count == 0  # it tells nothing of loads
     loader.reset_prefix_cache()
     assert loader.generate(PROMPT) == (expected_output(PROMPT), BLOCKS * BLOCK)
+    assert loader.connector._scheduler._tradeoff._loads.count == 1
 
 
 def test_the_bytes_are_really_used(make_engine: MakeEngine, daemon: Daemon) -> None:

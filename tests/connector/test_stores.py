@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
 from helpers import Daemon, connect, keys_of, prepare, until
 
+from vllm_kvpool.connector import stores
 from vllm_kvpool.pool.admin import clear
 
 MakeEngine = Callable[..., MiniEngine]
@@ -119,6 +121,42 @@ def test_prompts_that_fill_a_third_of_the_cache_and_end_at_once_are_stored_whole
     engine.run()
     wait_ready(daemon, 80)
     assert engine.free_blocks == 255
+
+
+def test_the_end_of_a_long_prompt_is_stored_when_its_request_ends_at_once(
+    make_engine: MakeEngine, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last step brings more blocks than one question to the daemon may have."""
+    monkeypatch.setattr(stores, "MAX_ASK_BLOCKS", 8)
+    engine = make_engine(max_tokens=2048)
+    engine.generate(prompt_of(16, 60 * BLOCK), 1)
+    wait_ready(daemon, 60)
+    assert "store_skipped_blocks:ended" not in engine.stats
+
+
+def test_what_a_request_leaves_when_it_ends_is_counted(
+    make_engine: MakeEngine, daemon: Daemon
+) -> None:
+    engine = make_engine(num_blocks=80, max_tokens=2048)
+    engine.generate(prompt_of(17, 60 * BLOCK), 1)
+    wait_ready(daemon, 40)
+    assert engine.stats["store_skipped_blocks:ended"] == 20
+
+
+def test_blocks_that_could_not_be_copied_are_offered_again(
+    make_engine: MakeEngine, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stores, "RETRY_S", 0.0)
+    engine = make_engine()
+    engine.worker._worker._next_try = math.inf  # to map the pool
+    prompt = prompt_of(18, 8 * BLOCK)
+    request_id = engine.add(prompt, 10 * BLOCK)
+    until(lambda: (engine.step(), "store_skipped_blocks:copy_failed" in engine.stats)[1])
+    assert engine.status(request_id) is not None, "the request ended too early for this test"
+    engine.worker._worker._next_try = 0.0
+    engine.run()
+    wait_ready(daemon, (18 * BLOCK - 1) // BLOCK)
+    check_pool(make_engine, [*prompt, *engine.outputs[request_id]], 17)
 
 
 def test_no_daemon_means_no_pins(engine: MiniEngine, daemon: Daemon) -> None:

@@ -121,11 +121,12 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def has_pending_push_work(self) -> bool:
-        """Keeps an engine without requests stepping: until its last stores are done, and, for an
-        instant at its start, until its workers map the pool, so that no request waits for that (or
-        until the log has said that no daemon answers)."""
+        """Keeps an engine without requests stepping: until its last copies are done (a request may
+        end before its load, whose slots are leased until then), and, for an instant at its start,
+        until its workers map the pool, so that no request waits for that (or until the log has said
+        that no daemon answers)."""
         side = self._scheduler
-        return side is not None and (side.stores_in_flight or side.introducing)
+        return side is not None and (side.copies_in_flight or side.introducing)
 
     def has_pending_block_frees(self) -> bool:
         """Whether it is better to wait for our pins than to preempt a request."""

@@ -20,7 +20,6 @@ from vllm_kvpool._native import (
     COPY_CANCELLED,
     COPY_CHECKSUM,
     COPY_FAILED,
-    COPY_OK,
     COPY_STALE,
 )
 from vllm_kvpool.client import PoolClient
@@ -174,7 +173,7 @@ class LoadPlanner:
         chain = SlotRefs(lookup.refs[: lookup.first * REF_BYTES] + refs)
         rows = compat.allocated_blocks(blocks, lookup.first, num_blocks)
         self._planned.append(_Plan(number, load, chain, rows))
-        record.loading = True
+        record.load_number, record.arriving = number, False
 
     def take_planned(self) -> tuple[LoadJob, ...]:
         """In the step in which they were admitted."""
@@ -201,49 +200,55 @@ class LoadPlanner:
 
     # end ------------------------------------------------------------------------------------------
 
-    def announced(self, request_ids: Collection[str]) -> None:
-        """vLLM goes on with them. The reports of their loads come with that, or follow."""
-        for load in self._loads.values() if request_ids else ():
-            if load.record.request.request_id not in request_ids:
-                continue
-            load.record.loading = False
-            load.record.arriving = True
-            if load.refs:
-                num_tokens = num_refs(load.refs) * self._link.block_tokens
-                self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
-
     def report(self, number: int, report: JobReport) -> bool:
-        """Whether `number` is a load."""
+        """Whether `number` is a load. vLLM may look its request up again as soon as one worker has failed."""
         load = self._loads.get(number)
         if load is None:
             return False
+        if load.num_unleased or any(report.statuses):
+            self._fail(load, report)
         load.report = report.merged(load.report)
-        if load.report.num_workers == self._link.num_workers:
-            del self._loads[number]
-            self._finish(load, load.report.statuses)
         return True
 
-    def _finish(self, load: _Load, statuses: bytes) -> None:
+    def _fail(self, load: _Load, report: JobReport) -> None:
+        load.record.load_failed = True
+        load.record.cursor = min(load.record.cursor, load.first + report.num_good)
+        if COPY_CHECKSUM in report.statuses:
+            pairs = zip(unpack_refs(load.refs), report.statuses, strict=True)
+            damaged = pack_refs(ref for ref, status in pairs if status == COPY_CHECKSUM)
+            self._link.drop_damaged(damaged)
+
+    def end_step(self, announced: Collection[str]) -> None:
+        """After the reports of a step. `announced`: requests that vLLM goes on with; the reports of their loads have
+        come, or follow."""
+        for number, load in list(self._loads.items()):
+            if load.record.load_number == number and load.record.request.request_id in announced:
+                load.record.arriving = True
+                self._learn(load)
+            if load.report and load.report.num_workers == self._link.num_workers:
+                del self._loads[number]
+                self._finish(number, load, load.report.statuses)
+
+    def _learn(self, load: _Load) -> None:
+        if not load.record.load_failed:
+            num_tokens = num_refs(load.refs) * self._link.block_tokens
+            self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
+
+    def _finish(self, number: int, load: _Load, statuses: bytes) -> None:
         if load.refs:
             self._client.release(load.refs)
-        load.record.loading = load.record.arriving = False
-        if not load.num_unleased and not any(statuses):
-            return
-        load.record.load_failed = True
-        num_good = len(statuses) - len(statuses.lstrip(bytes([COPY_OK])))
-        load.record.cursor = min(load.record.cursor, load.first + num_good)
-        self._count_failures(load, statuses)
-
-    def _count_failures(self, load: _Load, statuses: bytes) -> None:
+        if load.record.load_number == number:
+            load.record.load_number, load.record.arriving = 0, False
         if load.num_unleased:
             self._stats.count("load_failed_blocks", load.num_unleased, reason="lease")
         for status, reason in STATUS_REASONS.items():
             if amount := statuses.count(status):
                 self._stats.count("load_failed_blocks", amount, reason=reason)
-        if COPY_CHECKSUM in statuses:
-            pairs = zip(unpack_refs(load.refs), statuses, strict=True)
-            damaged = pack_refs(ref for ref, status in pairs if status == COPY_CHECKSUM)
-            self._link.drop_damaged(damaged)
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether slots are leased."""
+        return bool(self._loads)
 
     @property
     def _client(self) -> PoolClient:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm_kvpool._native import COPY_OK
 from vllm_kvpool.connector.compat import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
@@ -103,6 +104,11 @@ class JobReport:
             return self
         worst = bytes(map(max, self.statuses, other.statuses))
         return JobReport(self.num_workers + other.num_workers, worst)
+
+    @property
+    def num_good(self) -> int:
+        """Of the leading blocks."""
+        return len(self.statuses) - len(self.statuses.lstrip(bytes([COPY_OK])))
 
 
 @dataclass

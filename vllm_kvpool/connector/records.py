@@ -44,8 +44,9 @@ class RequestRecord:
     alone: bool = False
     """When it was looked up, no other request was in the engine."""
     lookup: Lookup | None = None
-    loading: bool = False
-    """Its blocks are being written by a load: they hold no tokens yet."""
+    load_number: int = 0
+    """The job of its latest load, until all workers have told how that ended. It may begin before an earlier one's
+    reports have come: vLLM does not wait for those."""
     arriving: bool = False
     """vLLM goes on with it, but the end of its load has not been reported: its first step may have to wait for that."""
     load_failed: bool = False
@@ -59,6 +60,11 @@ class RequestRecord:
     """Its block hashes do not tell its LoRA adapter from another of the same name."""
     _keys: BlockKeys = NO_KEYS
     _last_hash: bytes = b""
+
+    @property
+    def loading(self) -> bool:
+        """Its blocks are being written by a load: they hold no tokens yet."""
+        return self.load_number != 0 and not self.arriving
 
     def keys(self, mask: bytes) -> BlockKeys:
         """Keys of all full blocks with a confirmed hash, derived as hashes appear.

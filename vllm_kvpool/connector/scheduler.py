@@ -145,10 +145,10 @@ class SchedulerSide:
     def end_step(self, loaded: Collection[str], reports: Mapping[int, JobReport]) -> None:
         """All that comes in, the daemon's answers too: the other threads of the engine are at rest now. When the next
         step is planned they wait for their turn, and would take it at our first system call."""
-        self._loads.announced(loaded)
         for number, report in reports.items():
             known = self._loads.report(number, report) or self._stores.report(number, report)
             assert known, f"a worker reports job {number}, which is not in flight"
+        self._loads.end_step(loaded)
         self._poll()
         self._polled = True
 
@@ -159,6 +159,10 @@ class SchedulerSide:
     @property
     def stores_in_flight(self) -> bool:
         return self._stores.in_flight
+
+    @property
+    def copies_in_flight(self) -> bool:
+        return self.stores_in_flight or self._loads.in_flight
 
     @property
     def introducing(self) -> bool:

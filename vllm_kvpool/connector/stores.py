@@ -37,9 +37,9 @@ from vllm_kvpool.types import (
     without_none,
 )
 
-MAX_PINNED_SHARE = 2
-"""One block in so many may be pinned: where the cache is small that is what a few steps full of prompts compute before
-the first of them are reported as stored, and requests that end meanwhile lose what was not pinned."""
+MAX_PINNED_SHARE = 0.5
+"""Of the KV cache: where that is small it is what a few steps full of prompts compute before the first of them are
+reported as stored, and requests that end meanwhile lose what was not pinned."""
 RETRY_S = 1.0
 """Before blocks that got no slot are offered again."""
 MAX_ASK_BLOCKS = 512
@@ -49,8 +49,8 @@ MAX_ASK_BLOCKS = 512
 @dataclass(slots=True)
 class _Store:
     record: RequestRecord
-    start: int
-    """The block of the request that `block_ids` begin with."""
+    places: Sequence[int]
+    """Which of the request's blocks they are."""
     block_ids: Sequence[int]
     grant_id: int
     refs: SlotRefs = NO_REFS
@@ -80,7 +80,7 @@ class StorePlanner:
 
     def set_block_pool(self, pins: BlockPins) -> None:
         self._pins = pins
-        self._max_pinned = max(1, pins.num_blocks // MAX_PINNED_SHARE)
+        self._max_pinned = max(1, int(pins.num_blocks * MAX_PINNED_SHARE))
 
     @property
     def in_flight(self) -> bool:
@@ -96,15 +96,21 @@ class StorePlanner:
         if self._config.store == "prompt":
             tokens = min(tokens, record.request.num_prompt_tokens)
         full = tokens // self._link.block_tokens
-        if full <= record.cursor or self._refused or not self._may_store(record):
-            return
-        if not last and time.monotonic() < record.store_after_s:
-            return
         end = min(full, len(record.request.block_hashes), len(record.block_ids))
-        room = self._max_pinned - self._num_pinned
-        if end > record.cursor and room > 0:
+        if end <= record.cursor or not self._may_store(record):
+            return
+        if last:
+            self._offer_rest(record, end)
+        elif self._room > 0 and time.monotonic() >= record.store_after_s:
             self._skip_present(record, end)
-            self._ask(record, min(end, record.cursor + room, record.cursor + MAX_ASK_BLOCKS))
+            self._ask(record, end)
+
+    def _offer_rest(self, record: RequestRecord, end: int) -> None:
+        self._skip_present(record, end)
+        while self._ask(record, end):
+            pass
+        if end > record.cursor:
+            self._stats.count("store_skipped_blocks", end - record.cursor, reason="ended")
 
     def _may_store(self, record: RequestRecord) -> bool:
         long_enough = record.request.num_prompt_tokens >= self._config.min_store_tokens
@@ -114,9 +120,16 @@ class StorePlanner:
         keys = record.keys(self._link.mask)[record.cursor * KEY_BYTES : end * KEY_BYTES]
         record.cursor += num_refs(self._link.match_prefix(BlockKeys(keys)))
 
-    def _ask(self, record: RequestRecord, end: int) -> None:
+    @property
+    def _room(self) -> int:
+        """Blocks that may be asked for in this step."""
+        return 0 if self._refused else self._max_pinned - self._num_pinned
+
+    def _ask(self, record: RequestRecord, end: int) -> bool:
+        """For the next of the blocks before `end`; whether there were any."""
+        end = min(end, record.cursor + min(self._room, MAX_ASK_BLOCKS))
         if end <= record.cursor:
-            return
+            return False
         keys = record.keys(self._link.mask)
         start = record.cursor * KEY_BYTES
         hints = record.hints
@@ -128,11 +141,13 @@ class StorePlanner:
         )
         if number is None:
             self._refused = True  # until the next step, which offers the same blocks again
-            return
-        store = _Store(record, record.cursor, record.block_ids[record.cursor : end], number)
+            return False
+        places = range(record.cursor, end)
+        store = _Store(record, places, record.block_ids[record.cursor : end], number)
         self._asked[number] = store
         self._pin(store.block_ids)
         record.cursor = end
+        return True
 
     # grants ---------------------------------------------------------------------------------------
 
@@ -143,15 +158,14 @@ class StorePlanner:
             store = self._asked.pop(grant.request_id)
             if grant.refs is None:
                 self._give_up(store.block_ids, grant.reason)
-                self._rewind(store, 0)
+                self._rewind(store.record, store.places[0])
             else:
                 self._plan(store, grant.refs)
 
-    def _rewind(self, store: _Store, index: int) -> None:
-        """Block `index` of `store` is not in the pool: what follows is worth nothing without it.
-        Offer it again, when the daemon has had time to come back or to make room."""
-        record = store.record
-        record.cursor = min(record.cursor, store.start + index)
+    def _rewind(self, record: RequestRecord, place: int) -> None:
+        """That block is not in the pool: what follows is worth nothing without it. Offer it again,
+        when there has been time to come back or to make room."""
+        record.cursor = min(record.cursor, place)
         record.store_after_s = time.monotonic() + RETRY_S
 
     def _plan(self, store: _Store, refs: SlotRefs) -> None:
@@ -169,9 +183,11 @@ class StorePlanner:
     def _drop_not_granted(self, store: _Store, refs: Sequence[int]) -> None:
         pairs = list(zip(refs, store.block_ids, strict=True))
         self._give_up([block for ref, block in pairs if ref == NO_REF], "not_granted")
+        granted = [i for i, ref in enumerate(refs) if ref != NO_REF]
         if refs[-1] == NO_REF:  # no room for the rest, or another engine is storing it
-            self._rewind(store, 1 + max((i for i, ref in enumerate(refs) if ref), default=-1))
-        store.block_ids = [block for ref, block in pairs if ref != NO_REF]
+            self._rewind(store.record, store.places[granted[-1] + 1 if granted else 0])
+        store.block_ids = [store.block_ids[i] for i in granted]
+        store.places = [store.places[i] for i in granted]
 
     def _give_up(self, block_ids: Sequence[int], reason: str) -> None:
         self._unpin(block_ids)
@@ -191,16 +207,17 @@ class StorePlanner:
         store.report = report.merged(store.report)
         if store.report.num_workers == self._link.num_workers:
             del self._copying[number]
-            self._finish(store, store.report.statuses)
+            self._finish(store, store.report)
         return True
 
-    def _finish(self, store: _Store, statuses: bytes) -> None:
+    def _finish(self, store: _Store, report: JobReport) -> None:
         self._unpin(store.block_ids)
         failed = NO_REFS
-        if any(statuses):
-            pairs = zip(unpack_refs(store.refs), statuses, strict=True)
+        if any(report.statuses):
+            pairs = zip(unpack_refs(store.refs), report.statuses, strict=True)
             failed = pack_refs(ref for ref, status in pairs if status != COPY_OK)
             self._stats.count("store_skipped_blocks", num_refs(failed), reason="copy_failed")
+            self._rewind(store.record, store.places[report.num_good])
         if self._client.complete_store(store.grant_id, failed):
             self._stats.count("store_blocks", num_refs(store.refs) - num_refs(failed))
 
