@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +32,19 @@ def test_stopped_daemon_still_owns_the_pool(daemon: Daemon) -> None:
     assert serve_again(daemon).returncode == 1
     daemon.resume()
     assert daemon.stats()["pool"]["epoch"] == 1
+
+
+def test_who_only_looks_does_not_keep_a_daemon_from_starting(shm_dir: Path) -> None:
+    """Looking takes the lock for an instant, and a machine may pause in it."""
+    daemon = Daemon(shm_dir)
+    daemon.paths.folder.mkdir(mode=0o700)
+    looker = daemon.paths.daemon_lock.open("w")
+    fcntl.flock(looker, fcntl.LOCK_SH)
+    end = threading.Timer(3.0, looker.close)
+    end.start()
+    daemon.start()
+    end.join()
+    assert daemon.stop() == 0
 
 
 def test_killed_daemon_leaves_the_pool_to_the_next(daemon: Daemon) -> None:

@@ -20,14 +20,16 @@ from vllm_kvpool._native import PoolFormatError, PoolOwner
 from vllm_kvpool.advice import clear_line
 from vllm_kvpool.config import PoolConfig, parse_size, pool_dir
 from vllm_kvpool.errors import ConfigError, PoolUnavailable
-from vllm_kvpool.liveness import lock_file, names
+from vllm_kvpool.liveness import is_locked, lock_file, names
 from vllm_kvpool.paths import PoolPaths, check_folder
 from vllm_kvpool.pool.mount import Mount
 
 logger = logging.getLogger(__name__)
 
-_LOCK_WAIT_S = 0.2
-"""Longer than anybody looks at the lock (`liveness.is_locked`), shorter than a person waits."""
+_LOOK_WAIT_S = 10.0
+"""Longer than anybody looks at the lock (`liveness.is_locked`), even on a machine that pauses."""
+_LOCK_TRY_S = 0.2
+"""Between looks at who holds it: a daemon that does will not go away."""
 MIN_SLAB_BYTES, MAX_SLAB_BYTES, SLABS = 2 << 20, 1 << 30, 256
 """How the native core cuts a pool, for messages (native/src/format.cpp decides)."""
 MAX_SLOTS = 1 << 32
@@ -54,17 +56,11 @@ class PoolFolder:
         self.paths = PoolPaths(pool_dir(name, shm_dir))
         # Set-group-id: what engines of other users make there belongs to the pool's group as well.
         self._make(0o2770 if group_access else 0o700)
-        fd = lock_file(self.paths.daemon_lock, exclusive=True, timeout_s=_LOCK_WAIT_S)
-        if fd is None:
-            raise PoolUnavailable(
-                f"pool '{name}' is served by a daemon already{self._holder()}: "
-                "stop that one first, or choose another --name"
-            )
-        self._lock = fd
-        os.truncate(fd, 0)
+        self._lock = self._take_lock()
+        os.truncate(self._lock, 0)
         # For people only, and a full mount must not keep a pool from being served again.
         with contextlib.suppress(OSError):
-            os.write(fd, f"{os.getpid()}\n".encode())
+            os.write(self._lock, f"{os.getpid()}\n".encode())
 
     def _make(self, mode: int) -> None:
         folder = self.paths.folder
@@ -78,6 +74,19 @@ class PoolFolder:
             raise ConfigError("name", self.name, str(error)) from None
         except OSError as error:
             raise ConfigError("shm_dir", str(folder.parent), str(error)) from None
+
+    def _take_lock(self) -> int:
+        """PoolUnavailable: a daemon has it. Who just looks at it shares it for an instant, and lets go."""
+        give_up = time.monotonic() + _LOOK_WAIT_S
+        while True:
+            fd = lock_file(self.paths.daemon_lock, exclusive=True, timeout_s=_LOCK_TRY_S)
+            if fd is not None:
+                return fd
+            if is_locked(self.paths.daemon_lock) or time.monotonic() > give_up:
+                raise PoolUnavailable(
+                    f"pool '{self.name}' is served by a daemon already{self._holder()}: "
+                    "stop that one first, or choose another --name"
+                )
 
     def _holder(self) -> str:
         try:
