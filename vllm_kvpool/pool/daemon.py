@@ -63,6 +63,8 @@ class Daemon:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         for endpoint in endpoints:
             self._bind(endpoint)
+        # Who looks from now on shall not take this one for its predecessor, or for silent.
+        owner.beat(pool_time_ms(), os.getpid())
 
     def _bind(self, endpoint: str) -> None:
         try:
