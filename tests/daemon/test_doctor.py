@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import SLOT_BYTES, Daemon, EngineProcess, connect, run_cli, until
+from helpers import SLOT_BYTES, WAIT_S, Daemon, EngineProcess, connect, run_cli, until
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.keys import namespace_digest
@@ -19,7 +19,8 @@ def findings(shm_dir: Path) -> dict[str, doctor.Finding]:
     return {finding.check: finding for finding in doctor.examine(str(shm_dir))}
 
 
-def test_healthy_pool(daemon: Daemon, client: PoolClient) -> None:
+def test_healthy_pool(daemon: Daemon, client: PoolClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "SILENT_S", WAIT_S)
     assert client.connected
     finding = findings(daemon.shm_dir)["pool 'test'"]
     assert (finding.status, finding.message) == ("ok", "16.0 MiB, 0 blocks, 1 clients")

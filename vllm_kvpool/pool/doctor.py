@@ -170,7 +170,7 @@ def _daemon(pool: PoolSummary, shm_dir: str) -> Finding:
         )
         return Finding(name, "fail", message, fix)
     try:
-        stats = fetch_stats(pool.name, shm_dir, timeout_s=2.0)
+        stats = fetch_stats(pool.name, shm_dir, timeout_s=SILENT_S)
     except (PoolUnavailable, ProtocolError) as error:
         return Finding(name, "fail", str(error), f"kill {pool.daemon} and start it again")
     return _running(pool, stats)
