@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers import Daemon, connect, keys_of, run_cli, store
+from helpers import WAIT_S, Daemon, connect, keys_of, run_cli, store
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.types import num_refs
@@ -70,7 +70,7 @@ def test_ls(daemon: Daemon, client: PoolClient) -> None:
     store(client, keys_of("chain", 5))
     (pool,) = cli(daemon, "ls", "--json")
     assert (pool["name"], pool["daemon"], pool["clients"]) == ("test", daemon.pid, 1)
-    assert pool["silent_s"] < 5
+    assert pool["silent_s"] < WAIT_S
     assert f"process {daemon.pid}" in cli(daemon, "ls")
     assert daemon.stop() == 0
     (pool,) = cli(daemon, "ls", "--json")

@@ -3,6 +3,7 @@ skipped meanwhile."""
 
 from __future__ import annotations
 
+import zmq
 from helpers import (
     Daemon,
     check_bytes,
@@ -20,8 +21,9 @@ from vllm_kvpool.types import num_refs
 
 
 def wait_away(client: PoolClient) -> None:
-    """The client notices at its next attempt to store, at the latest."""
-    until(lambda: client.prepare_store(keys_of("probe", 1)) is None)
+    """The client notices at its next attempt to store, once ZeroMQ has."""
+    until(lambda: not client.channel.socket.poll(0, zmq.POLLOUT), "the end of the connection")
+    assert client.prepare_store(keys_of("probe", 1)) is None
     assert not client.connected
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-from helpers import SLOT_BYTES, Daemon, keys_of, namespace_of, store, until
+from helpers import PATIENT_MS, SLOT_BYTES, Daemon, keys_of, namespace_of, store, until
 
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.keys import block_keys, key_mask
@@ -38,8 +38,11 @@ def test_one_namespace_cannot_have_two_slot_sizes(
     client: PoolClient,
     make_client: Callable[..., PoolClient],
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Equal digests with unequal sizes are a bug of an engine: refused, said once, no crash."""
+    # However slow the machine is: a hello whose answer is still to come is not said again.
+    monkeypatch.setattr("vllm_kvpool.client.RETRY_MS", PATIENT_MS)
     changed = msgspec.structs.replace(namespace_of("a"), slot_bytes=SLOT_BYTES * 2)
     wrong = PoolClient(daemon.paths.folder, changed)
     until(lambda: (wrong.poll(), "namespace" in caplog.text)[1])
