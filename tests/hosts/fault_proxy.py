@@ -38,8 +38,11 @@ class FaultProxy:
         """Bytes to the server."""
         self.connections = 0
         self.most_connections: int | None = None
-        """Nothing passes over those beyond so many."""
+        """Nothing passes over those beyond so many, of those that are up."""
         self._open: list[socket.socket] = []
+        self._up: list[int] = []
+        """Numbers of the connections that neither side has ended, oldest first."""
+        self._counting = threading.Lock()
         self._closing = False
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", self.port))
@@ -69,6 +72,7 @@ class FaultProxy:
             return
         self._open += [near, far]
         self.connections += 1
+        self._up.append(self.connections)
         for source, sink, answers in ((near, far, False), (far, near, True)):
             self._start(self._pump, source, sink, answers, self.connections)
 
@@ -76,38 +80,40 @@ class FaultProxy:
         with contextlib.suppress(OSError):
             while data := source.recv(CHUNK_BYTES):
                 if answers:
-                    data = self._spoiled(data)
                     time.sleep(self.delay_s)
-                    self.passed += len(data)
-                else:
-                    data = self._spoiled_upwards(data)
-                    self.taken += len(data)
+                with self._counting:
+                    data = self._counted(data) if answers else self._counted_upwards(data)
                 while self._holds(answers, number) and not self._closing:
                     time.sleep(0.01)
                 sink.sendall(data)
+        with self._counting:
+            if number in self._up:
+                self._up.remove(number)
         for end in (source, sink):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
 
     def _holds(self, answers: bool, number: int) -> bool:
-        stalled = answers and self.stall_after is not None and self.passed > self.stall_after
-        held = not answers and self.hold_after is not None and self.taken > self.hold_after
-        beyond = self.most_connections is not None and number > self.most_connections
+        # Each is read once: the test may change it meanwhile.
+        stall_after, hold_after, most = self.stall_after, self.hold_after, self.most_connections
+        stalled = answers and stall_after is not None and self.passed > stall_after
+        held = not answers and hold_after is not None and self.taken > hold_after
+        beyond = most is not None and number not in self._up[:most]
         return self.dropping or stalled or held or beyond
 
-    def _spoiled(self, data: bytes) -> bytes:
-        if self.corrupt_after is None or self.passed + len(data) <= self.corrupt_after:
+    def _counted(self, data: bytes) -> bytes:
+        before, self.passed = self.passed, self.passed + len(data)
+        if self.corrupt_after is None or self.passed <= self.corrupt_after:
             return data
-        place = max(0, self.corrupt_after - self.passed)
-        self.corrupt_after = None
-        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        place, self.corrupt_after = max(0, self.corrupt_after - before), None
+        return _flipped(data, place)
 
-    def _spoiled_upwards(self, data: bytes) -> bytes:
-        if self.spoil_after is None or self.taken + len(data) <= self.spoil_after:
+    def _counted_upwards(self, data: bytes) -> bytes:
+        before, self.taken = self.taken, self.taken + len(data)
+        if self.spoil_after is None or self.taken <= self.spoil_after:
             return data
-        place = max(0, self.spoil_after - self.taken)
-        self.spoil_after = None
-        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+        place, self.spoil_after = max(0, self.spoil_after - before), None
+        return _flipped(data, place)
 
     def close(self) -> None:
         self._closing = True
@@ -125,3 +131,7 @@ class FaultProxy:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
