@@ -11,7 +11,7 @@ from typing import Self
 
 import pytest
 import redis
-from helpers import stop, until
+from helpers import WAIT_S, stop, until
 
 from benchmarks.processes import free_port
 
@@ -49,7 +49,9 @@ class RedisServer:
     @property
     def client(self) -> redis.Redis:
         password = self.password or None
-        return redis.Redis(host=self.host, port=self.port, password=password, socket_timeout=5)
+        return redis.Redis(
+            host=self.host, port=self.port, password=password, socket_timeout=WAIT_S
+        )
 
     def command(self) -> list[str]:
         where = ["--port", str(self.port), "--bind", self.host, "--dir", str(self.folder)]

@@ -16,23 +16,29 @@ from redis_server import RedisServer
 from benchmarks.processes import free_port
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.protocol import Pulled
-from vllm_kvpool.types import BlockKeys
+from vllm_kvpool.types import BlockKeys, split_keys
 
 PULL_MS = 20_000
 """For pulls that end before: a machine may pause."""
 
 
 def patient(daemon: Daemon) -> Daemon:
-    """A lookup or an answer of Redis that takes long is no reason for it to do without."""
-    return daemon.tuned(pulls__LOOK_UP_MS=10_000, redis_url__TIMEOUT_S=10.0)
+    """That somebody takes long is no reason for it to do without."""
+    return daemon.tuned(
+        redis_url__TIMEOUT_S=10.0, directory__TIMEOUT_S=10.0, exchange__STOP_TIMEOUT_S=15.0,
+        pulls__LOOK_UP_MS=10_000, pulls__LANDING_MS=10_000, peer_door__CONNECT_MS=10_000,
+        spaces__STORE_TIMEOUT_MS=20_000, pushes__STALL_MS=20_000,
+    )  # fmt: skip
 
 
 class Host:
     """One host's daemon, and a fake engine beside it."""
 
-    def __init__(self, daemon: Daemon, port: int) -> None:
+    def __init__(self, daemon: Daemon, port: int, server: RedisServer | None = None) -> None:
+        """`server`: where its directory is, if it knows one."""
         self.daemon = daemon
         self.port = port
+        self.server = server
         self._client: PoolClient | None = None
 
     @property
@@ -63,6 +69,15 @@ class Host:
 
     def counter(self, name: str) -> int:
         return self.daemon.counter(name)
+
+    @property
+    def id(self) -> bytes:
+        return bytes.fromhex(self.daemon.stats()["pool"]["pool_id"])
+
+    @property
+    def leases(self) -> int:
+        """Of all clients."""
+        return sum(client["leases"] for client in self.daemon.stats()["clients"])
 
     def close(self) -> None:
         if self._client is not None:
@@ -96,13 +111,13 @@ def make_host(shm_dir: Path, redis_server: RedisServer) -> Iterator[Callable[...
             daemon: Callable[..., Daemon] = Daemon,
             tune: Callable[[Daemon], Daemon] = patient,
         ) -> Host:
-            """`url`: where `server` is not reached, or not by its own URL. Of one that runs, the host is a
-            member by now."""
+            """`url`: where `server` is not reached, or not by its own URL. Else, and if it runs, the host is
+            a member by now."""
             folder = Path(tempfile.mkdtemp(prefix="host", dir=shm_dir))
             port = port or free_port()
             common = ["--listen", f"tcp://127.0.0.1:{port}", "--directory", url or server.url]
             made = tune(daemon(folder, *common, *options, size=size)).start()
-            hosts.callback((host := Host(made, port)).close)
+            hosts.callback((host := Host(made, port, server)).close)
             if server.process is not None and not url:
                 wait_member(host, server)
             return host
@@ -112,13 +127,22 @@ def make_host(shm_dir: Path, redis_server: RedisServer) -> Iterator[Callable[...
 
 def wait_member(host: Host, server: RedisServer) -> None:
     """Until it has found the directory."""
-    record = b"kvpool:1:test:{hosts}:" + bytes.fromhex(host.daemon.stats()["pool"]["pool_id"])
+    record = b"kvpool:1:test:{hosts}:" + host.id
     until(lambda: server.client.exists(record), "the host in the directory")
 
 
-def wait_listed(host: Host, blocks: int) -> None:
-    """Until the directory has heard of so many blocks of `host` in all."""
-    until(lambda: host.counter("directory_writes") >= blocks, "the directory")
+def wait_listed(host: Host, keys: BlockKeys) -> None:
+    """Until the directory says of all these blocks that `host` has them."""
+    assert host.server is not None
+    client, host_id = host.server.client, host.id
+
+    def listed() -> bool:
+        pipe = client.pipeline(transaction=False)
+        for key in split_keys(keys):
+            pipe.sismember(b"kvpool:1:test:{%02x}:" % key[0] + key, host_id)
+        return all(pipe.execute())
+
+    until(listed, "the directory")
 
 
 @pytest.fixture

@@ -14,8 +14,11 @@ COUNT = 60
 
 
 def forgetful(daemon: Daemon) -> Daemon:
-    """Who is dead is not known to have been there for 6 seconds: 25 with the package's own limits."""
-    return patient(daemon).tuned(directory__HOST_TTL_S=4, sources__ABSENT_MS=2_000)
+    """Who is dead is not known to have been there for 8 seconds: 25 with the package's own limits. Who lives may
+    pause for 5."""
+    return patient(daemon).tuned(
+        directory__HOST_TTL_S=6, directory__BEAT_S=0.5, sources__ABSENT_MS=2_000
+    )
 
 
 def here(host: Host, keys: BlockKeys) -> int:
@@ -28,7 +31,7 @@ def pull_and_use(a: Host, b: Host) -> tuple[BlockKeys, BlockKeys]:
     """B has stored a chain of its own, and then got one of A's and used it."""
     own, copies = keys_of("own", COUNT), keys_of("copies", COUNT)
     store(a.client, copies)
-    wait_listed(a, COUNT)
+    wait_listed(a, copies)
     store(b.client, own)
     assert b.pull(copies).blocks == COUNT
     b.client.touch(b.client.match_prefix(copies))

@@ -30,7 +30,7 @@ def wait_pulled(host: Host, seed: str, count: int) -> None:
 def test_killed_and_restarted_empty(make_host: MakeHost, redis_server: RedisServer) -> None:
     a, b = make_host(), make_host()
     store(a.client, keys_of("before", 20))
-    wait_listed(a, 20)
+    wait_listed(a, keys_of("before", 20))
     redis_server.kill()
     pulled = b.pull(keys_of("before", 20))
     assert pulled.blocks == 0
@@ -45,7 +45,7 @@ def test_killed_and_restarted_empty(make_host: MakeHost, redis_server: RedisServ
 def test_emptied_while_running(make_host: MakeHost, redis_server: RedisServer) -> None:
     a, b = make_host(), make_host()
     store(a.client, keys_of("chain", 20))
-    wait_listed(a, 20)
+    wait_listed(a, keys_of("chain", 20))
     redis_server.client.flushall()
     wait_pulled(b, "chain", 20)
 
@@ -63,7 +63,7 @@ def test_hanging(make_host: MakeHost, redis_server: RedisServer) -> None:
     """Pulls end as misses at once, stores and the daemon's answers go on as ever."""
     a, b = make_host(tune=hasty), make_host(tune=hasty)
     store(a.client, keys_of("chain", 20))
-    wait_listed(a, 20)
+    wait_listed(a, keys_of("chain", 20))
     assert b.client.pulls
     redis_server.pause()
     for _ in range(3):
@@ -79,7 +79,7 @@ def test_records_that_are_none(make_host: MakeHost, redis_server: RedisServer) -
     """Somebody else writes into the same Redis."""
     a, b = make_host(), make_host()
     store(a.client, keys_of("chain", 20))
-    wait_listed(a, 20)
+    wait_listed(a, keys_of("chain", 20))
     client = redis_server.client
     (record,) = client.keys(b"kvpool:1:test:{hosts}:*")[:1]
     good = client.get(record)
@@ -100,7 +100,7 @@ def test_stale_entry(make_host: MakeHost, redis_server: RedisServer) -> None:
     a, b = make_host(), make_host()
     keys = keys_of("chain", 20)
     store(a.client, keys)
-    wait_listed(a, 20)
+    wait_listed(a, keys)
     entries = redis_server.client.keys(b"kvpool:1:test:{[0-9a-f]*")
     host = redis_server.client.smembers(entries[0])
     a.client.drop(a.client.match_prefix(keys))
@@ -119,7 +119,7 @@ def test_forgotten_blocks_leave_the_directory(
     a = make_host()
     keys = keys_of("chain", 20)
     store(a.client, keys)
-    wait_listed(a, 20)
+    wait_listed(a, keys)
     before = redis_server.client.dbsize()
     a.client.drop(a.client.match_prefix(keys))
     until(lambda: redis_server.client.dbsize() == before - 20, "the entries to go")
@@ -130,7 +130,7 @@ def test_a_host_that_leaves_is_gone_at_once(make_host: MakeHost, redis_server: R
     hosts = b"kvpool:1:test:{hosts}:*"
     assert len(redis_server.client.keys(hosts)) == 2
     store(a.client, keys_of("chain", 20))
-    wait_listed(a, 20)
+    wait_listed(a, keys_of("chain", 20))
     a.daemon.stop()
     assert len(redis_server.client.keys(hosts)) == 1
     until(lambda: b.pull(keys_of("chain", 20), 2_000).reason == "absent", "the end of the host")
@@ -148,9 +148,9 @@ def test_password_and_cluster(make_host: MakeHost, tmp_path: Path) -> None:
             client.execute_command("CLUSTER", "ADDSLOTS", *slots)
         until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "cluster")
         url = f"redis-cluster://:sesame@127.0.0.1:{server.port}"
-        a, b = make_host(url=url), make_host(url=url)
+        a, b = (make_host(server=server, url=url) for _ in range(2))
         store(a.client, keys_of("chain", 40))
-        wait_listed(a, 40)
+        wait_listed(a, keys_of("chain", 40))
         wait_pulled(b, "chain", 40)
     finally:
         server.kill()

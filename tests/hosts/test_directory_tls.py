@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import redis
-from helpers import keys_of, run_cli, store, until
+from helpers import WAIT_S, keys_of, run_cli, store, until
 from hosts.conftest import Host, wait_listed
 from redis_server import RedisServer, redis_program
 
@@ -65,7 +65,7 @@ class TlsRedisServer(RedisServer):
     @property
     def client(self) -> redis.Redis:
         return redis.Redis(
-            host=self.host, port=self.port, password=self.password, socket_timeout=5, ssl=True,
+            host=self.host, port=self.port, password=self.password, socket_timeout=WAIT_S, ssl=True,
             ssl_ca_certs=str(self.certificate.file), ssl_check_hostname=False,
             ssl_certfile=str(self.certificate.file), ssl_keyfile=str(self.certificate.key),
         )  # fmt: skip
@@ -111,9 +111,10 @@ def test_hosts_share_through_it(
     make_host: MakeHost, make_server: MakeServer, make_certificate: MakeCertificate
 ) -> None:
     server = make_server(make_certificate("redis"))
-    a, b = (make_host(url=server.url_with(server.certificate.file)) for _ in range(2))
+    url = server.url_with(server.certificate.file)
+    a, b = (make_host(server=server, url=url) for _ in range(2))
     store(a.client, keys_of("chain", 20))
-    wait_listed(a, 20)
+    wait_listed(a, keys_of("chain", 20))
     until(lambda: b.pull(keys_of("chain", 20)).blocks == 20, "the directory")
     assert a.counter("directory_errors") == 0
 
@@ -124,9 +125,9 @@ def test_a_clients_certificate(
     """Where the server wants one, too."""
     server = make_server(make_certificate("redis"), "--tls-auth-clients", "yes")
     own = f"ssl_certfile={server.certificate.file}&ssl_keyfile={server.certificate.key}"
-    a = make_host(url=server.url_with(server.certificate.file, own))
+    a = make_host(server=server, url=server.url_with(server.certificate.file, own))
     store(a.client, keys_of("chain", 20))
-    wait_listed(a, 20)
+    wait_listed(a, keys_of("chain", 20))
     without = make_host(url=server.url_with(server.certificate.file))
     assert refusal(without)
 

@@ -15,6 +15,7 @@ from redis_server import RedisServer
 
 from vllm_kvpool.pool.directory import HostRecord
 from vllm_kvpool.protocol import POOL_ID_BYTES
+from vllm_kvpool.types import BlockKeys
 
 PEERS = 260
 """Four connections to each are more than ZeroMQ's 1,023 sockets."""
@@ -49,7 +50,7 @@ def test_hundreds_of_peers(make_host: Callable[..., Host], redis_server: RedisSe
     chains = [keys_of(f"chain {i}", 1) for i in range(PEERS)]
     for keys in chains:
         store(a.client, keys)
-    wait_listed(a, PEERS)
+    wait_listed(a, BlockKeys(b"".join(chains)))
     entries = redis_server.client.keys(b"kvpool:1:test:{[0-9a-f]*")
     assert len(entries) == PEERS
     for entry in entries:

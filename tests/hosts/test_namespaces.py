@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Daemon, check_bytes, keys_of, store, until, wait_connected
-from hosts.conftest import Host, wait_listed, wait_member
+from hosts.conftest import Host, patient, wait_listed, wait_member
 from hosts.network import Network
 from redis_server import RedisServer, redis_program
 
@@ -54,8 +54,7 @@ def make_hosts(network: Network, shm_dir: Path, tmp_path: Path) -> Iterator[Make
                 folder, "--listen", listen, "--directory", redis.url, *access, size="64MiB"
             )
             daemon.command = [*network.inside(i), *daemon.command]
-            daemon.tuned(pulls__LOOK_UP_MS=10_000)
-            hosts.append(Host(daemon.start(), PORT))
+            hosts.append(Host(patient(daemon).start(), PORT, redis))
             wait_member(hosts[-1], redis)
         return hosts
 
@@ -78,14 +77,13 @@ def _keys(folder: Path, host: int) -> Path:
 
 def share(host: Host, seed: str = "chain") -> BlockKeys:
     keys = keys_of(seed, COUNT)
-    before = host.counter("directory_writes")
     store(host.client, keys)
-    wait_listed(host, before + COUNT)
+    wait_listed(host, keys)
     return keys
 
 
 def check_pulled(host: Host, keys: BlockKeys) -> None:
-    until(lambda: host.pull(keys, 5_000).blocks == COUNT, "all blocks", timeout_s=60)
+    until(lambda: host.pull(keys).blocks == COUNT, "all blocks", timeout_s=60)
     check_bytes(host.client, keys, host.client.match_prefix(keys))
 
 
@@ -97,7 +95,7 @@ def test_partition_between_two_of_three(make_hosts: MakeHosts, network: Network)
     pulled = b.pull(keys, within_ms=1_000)
     assert pulled.blocks == 0
     assert c.pull(keys).blocks == COUNT  # to the others nothing has happened
-    wait_listed(c, COUNT)
+    wait_listed(c, keys)
     check_pulled(b, keys)  # from c, by now
     assert c.counter("sent_blocks") == COUNT
     network.heal(0)
@@ -150,7 +148,7 @@ def test_what_can_be_heard_on_the_link(
     secret = b"nobody shall read this" * 100
     for ref in unpack_refs(refs):
         a.client.view.payload(ref)[KEY_BYTES : KEY_BYTES + len(secret)] = secret
-    wait_listed(a, COUNT)
+    wait_listed(a, keys)
     heard = tmp_path / "heard"
     listener = network.capture(0, heard)
     try:

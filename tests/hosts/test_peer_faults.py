@@ -10,8 +10,8 @@ import msgpack
 import msgspec
 import pytest
 import zmq
-from helpers import PATIENT_MS, check_bytes, keys_of, store, until
-from hosts.conftest import Host, wait_listed
+from helpers import PATIENT_MS, Daemon, check_bytes, keys_of, store, until
+from hosts.conftest import Host, patient, wait_listed
 from hosts.fault_proxy import FaultProxy
 from redis_server import RedisServer
 
@@ -22,19 +22,27 @@ from vllm_kvpool.types import BlockKeys, num_refs
 MakeHost = Callable[..., Host]
 COUNT = 400
 """25 MiB: more than fits into the buffers on the way."""
-TINY_MS = 300
+BROKEN_MS = 10_000
+"""For pulls that cannot end well: enough to get into the middle of one, though somebody pauses."""
+
+
+def doubtful(daemon: Daemon) -> Daemon:
+    """Who did not answer is not asked for longer than with the package's own limit, of five seconds."""
+    return patient(daemon).tuned(peer__SUSPECT_MS=10_000)
 
 
 @pytest.fixture
-def proxied(make_host: MakeHost) -> Iterator[tuple[Host, Host, FaultProxy, BlockKeys]]:
-    """A holds a chain, B reaches A through the proxy only."""
+def proxied(
+    request: pytest.FixtureRequest, make_host: MakeHost
+) -> Iterator[tuple[Host, Host, FaultProxy, BlockKeys]]:
+    """A holds a chain, B reaches A through the proxy only. The parameter, if any, tunes B."""
     port = free_port()
     with FaultProxy(port) as proxy:
         a = make_host("--advertise", f"tcp://127.0.0.1:{proxy.port}", port=port)
-        b = make_host()
+        b = make_host(tune=getattr(request, "param", patient))
         keys = keys_of("chain", COUNT)
         store(a.client, keys)
-        wait_listed(a, COUNT)
+        wait_listed(a, keys)
         yield a, b, proxy, keys
 
 
@@ -46,10 +54,6 @@ def check_what_is_there(host: Host, keys: BlockKeys) -> int:
     return num_refs(refs)
 
 
-def leases_of(host: Host) -> int:
-    return sum(client["leases"] for client in host.daemon.stats()["clients"])
-
-
 def pulls_again(host: Host, keys: BlockKeys) -> None:
     """All by itself, without a restart."""
     until(lambda: host.pull(keys, 3_000).blocks == COUNT, "recovery", timeout_s=60)
@@ -59,7 +63,7 @@ def pulls_again(host: Host, keys: BlockKeys) -> None:
 def test_killed_in_mid_pull(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
     a, b, proxy, keys = proxied
     proxy.stall_after = 5 << 20
-    pull_id = b.start_pull(keys, within_ms=3_000)
+    pull_id = b.start_pull(keys, within_ms=BROKEN_MS)
     until(lambda: proxy.passed > proxy.stall_after, "the middle of the pull")
     a.daemon.kill()
     proxy.stall_after = None
@@ -70,13 +74,14 @@ def test_killed_in_mid_pull(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -
     pulls_again(b, keys)
 
 
+@pytest.mark.parametrize("proxied", [doubtful], indirect=True)
 def test_partition(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
     """Nothing passes and nobody hears of it."""
     _, b, proxy, keys = proxied
     proxy.dropping = True
     begun = time.monotonic()
-    pulled = b.pull(keys, within_ms=2_000)
-    assert time.monotonic() - begun < 20
+    pulled = b.pull(keys, within_ms=8_000)
+    assert time.monotonic() - begun < 25
     assert pulled.blocks == 0
     assert pulled.reason in {"deadline", "lost"}
     assert check_what_is_there(b, keys) == 0
@@ -89,7 +94,7 @@ def test_partition(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
 def test_partition_in_mid_pull(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
     a, b, proxy, keys = proxied
     proxy.stall_after = 5 << 20
-    pulled = b.pull(keys, within_ms=3_000)
+    pulled = b.pull(keys, within_ms=BROKEN_MS)
     assert pulled.blocks < COUNT
     assert pulled.reason == "deadline"
     check_what_is_there(b, keys)
@@ -103,18 +108,19 @@ def test_leases_of_a_lost_reader_go(proxied: tuple[Host, Host, FaultProxy, Block
     a, b, proxy, keys = proxied
     proxy.stall_after = 2 << 20
     b.start_pull(keys)
-    until(lambda: leases_of(a) > 0, "the leases")
+    until(lambda: a.leases > 0, "the leases")
     b.daemon.kill()
     proxy.close()
-    until(lambda: leases_of(a) == 0, "the leases to go")
+    until(lambda: a.leases == 0, "the leases to go")
 
 
 def test_delay(proxied: tuple[Host, Host, FaultProxy, BlockKeys]) -> None:
-    """100 ms a piece: in time or not at all."""
+    """Half a second a piece, of a hundred over four connections: in time or not at all."""
     _, b, proxy, keys = proxied
-    proxy.delay_s = 0.1
-    assert b.pull(keys, within_ms=TINY_MS).blocks < COUNT
+    proxy.delay_s = 0.5
+    assert b.pull(keys, within_ms=3_000).blocks < COUNT
     check_what_is_there(b, keys)
+    proxy.delay_s = 0.1
     pulls_again(b, keys)
 
 
@@ -139,7 +145,7 @@ def test_corrupted_bytes(proxied: tuple[Host, Host, FaultProxy, BlockKeys], plac
     connection breaks instead."""
     _, b, proxy, keys = proxied
     proxy.corrupt_after = proxy.passed + place
-    pulled = b.pull(keys, within_ms=6_000)
+    pulled = b.pull(keys)
     assert proxy.corrupt_after is None, "nothing was corrupted"
     assert pulled.blocks < COUNT
     assert pulled.reason in {"checksum", "deadline", "lost", "malformed"}
@@ -151,9 +157,8 @@ def test_another_version_is_not_asked(make_host: MakeHost, redis_server: RedisSe
     a, b = make_host(), make_host()
     keys = keys_of("chain", 20)
     store(a.client, keys)
-    wait_listed(a, 20)
-    a_id = bytes.fromhex(a.daemon.stats()["pool"]["pool_id"])
-    name = b"kvpool:1:test:{hosts}:" + a_id
+    wait_listed(a, keys)
+    name = b"kvpool:1:test:{hosts}:" + a.id
     redis = redis_server.client
     record = msgspec.msgpack.decode(redis.get(name), type=HostRecord)
     other = msgspec.structs.replace(record, format=record.format + 1)
@@ -182,8 +187,8 @@ def test_the_next_host_is_asked(make_host: MakeHost) -> None:
     keys = keys_of("chain", 20)
     for host in (a, b):
         store(host.client, keys)
-        wait_listed(host, 20)
+        wait_listed(host, keys)
     assert c.client.pulls
     a.daemon.pause()
-    assert c.pull(keys, within_ms=6_000).blocks == 20
+    assert c.pull(keys, within_ms=12_000).blocks == 20  # half of it for the one that hangs
     assert b.counter("sent_blocks") == 20

@@ -23,7 +23,7 @@ def test_by_command(make_host: MakeHost) -> None:
     a, b = make_host(), make_host()
     keys = keys_of("chain", 30)
     store(a.client, keys)
-    wait_listed(a, 30)
+    wait_listed(a, keys)
     assert b.client.connected  # an engine of the namespace has been there
     assert prefetch(b, DIGEST, keys=keys.hex()) == (0, "30 of 30 blocks are here\n")
     check_bytes(b.client, keys, b.client.match_prefix(keys))

@@ -59,7 +59,7 @@ def test_what_has_come_by_the_deadline_counts(proxied: tuple[Host, Host, FaultPr
     keys = keys_of("chain", 400)
     store(upstream.client, keys)
     proxy.stall_after = 5 << 20  # less than the first batch of each connection
-    pulled = front.pull(keys, within_ms=3_000)
+    pulled = front.pull(keys, within_ms=10_000)
     assert (pulled.reason, front.counter("pulls")) == ("deadline", 1)
     until(lambda: front.counter("writing") == 0, "the end of the pull")
     assert pulled.blocks == num_refs(front.client.match_prefix(keys)) > 0
@@ -71,7 +71,7 @@ def test_upstream_killed_in_mid_pull(proxied: tuple[Host, Host, FaultProxy]) -> 
     keys = keys_of("chain", 400)
     store(upstream.client, keys)
     proxy.stall_after = 5 << 20
-    pull_id = front.start_pull(keys, within_ms=3_000)
+    pull_id = front.start_pull(keys, within_ms=10_000)
     until(lambda: proxy.passed > proxy.stall_after, "the middle of the pull")
     upstream.daemon.kill()
     proxy.stall_after = None

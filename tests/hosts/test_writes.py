@@ -10,7 +10,7 @@ import msgpack
 import pytest
 import zmq
 from helpers import PATIENT_MS, SLOT_BYTES, keys_of, namespace_of, until
-from hosts.conftest import Host, MakeHost, make_upstream
+from hosts.conftest import Host, MakeHost, make_upstream, patient
 
 from vllm_kvpool._native import crc32c
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs
@@ -20,12 +20,13 @@ BLOCK = b"x" * SLOT_BYTES
 SUM = crc32c(BLOCK).to_bytes(4, "little")
 
 
-IDLE_S = 4.0
+IDLE_S = 8.0
 
 
 @pytest.fixture
 def upstream(make: MakeHost) -> Host:
-    return make_upstream(make, tune=lambda daemon: daemon.tuned(inbox__IDLE_MS=int(IDLE_S * 1_000)))
+    idle_ms = int(IDLE_S * 1_000)
+    return make_upstream(make, tune=lambda daemon: patient(daemon).tuned(inbox__IDLE_MS=idle_ms))
 
 
 class Writer:
