@@ -49,9 +49,7 @@ class RedisServer:
     @property
     def client(self) -> redis.Redis:
         password = self.password or None
-        return redis.Redis(
-            host=self.host, port=self.port, password=password, socket_timeout=WAIT_S
-        )
+        return redis.Redis(host=self.host, port=self.port, password=password, socket_timeout=WAIT_S)
 
     def command(self) -> list[str]:
         where = ["--port", str(self.port), "--bind", self.host, "--dir", str(self.folder)]
