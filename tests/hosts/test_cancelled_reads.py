@@ -40,7 +40,8 @@ def test_a_cancelled_pull_stops_the_sender(make_host: MakeHost) -> None:
         assert a.counter("sent_bytes") < ON_THE_WAY_BYTES
         until(lambda: b.counter("writing") == 0, "the slots to be free")
         assert b.counter("pull_cancelled") == 0, "nobody was there to be answered"
-        assert b.pull(keys, within_ms=MAX_PULL_MS).blocks == COUNT
+        # Not all at once, if the stall lasted: what a link that slow brings in time is asked for.
+        until(lambda: b.pull(keys, within_ms=MAX_PULL_MS).blocks == COUNT, "all blocks")
         check_bytes(b.client, keys, b.client.match_prefix(keys))
         assert num_refs(b.client.match_prefix(keys)) == COUNT
 
