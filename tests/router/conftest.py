@@ -17,6 +17,8 @@ from benchmarks.processes import Router
 from vllm_kvpool.router.fleet_commands import FleetCommands
 
 CHAT = "/v1/chat/completions"
+PATIENT = ("--connect-timeout-s", "10")
+"""A replica, or the router itself, may stand still for seconds, and nobody is to be found ill for it."""
 
 
 class Answer(NamedTuple):
@@ -145,7 +147,7 @@ def make_router(tmp_path: Path) -> Iterator[Callable[..., RouterUnderTest]]:
             addresses = [r if isinstance(r, str) else r.url for r in replicas]
             quick = ("--probe-interval-s", "0.2", "--drain-s", "5", "--warmup-s", "0")
             log = tmp_path / f"router-{len(routers)}.log"
-            router = RouterUnderTest(log, *quick, *options, *addresses, prefix=prefix)
+            router = RouterUnderTest(log, *PATIENT, *quick, *options, *addresses, prefix=prefix)
             routers.append(router)
             return stack.enter_context(router)
 

@@ -12,11 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import until
-from router.conftest import CHAT, RouterUnderTest, chat_body, receive, receive_until
+from router.conftest import (
+    CHAT,
+    PATIENT,
+    RouterUnderTest,
+    chat_body,
+    receive,
+    receive_until,
+)
 from router.fake_replica import FakeReplica, Received, answer, head, silent
+
+from vllm_kvpool.router.downstream import LINGER_S
 
 MakeRouter = Callable[..., RouterUnderTest]
 BODY = json.dumps(chat_body()).encode()
+LEFT_AFTER_S = 5.0
+"""For clients that send nothing, or take nothing. Before its first bytes one is idle, and left without an answer: this
+process may stand still just then."""
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +39,7 @@ def replica() -> Iterator[FakeReplica]:
 
 @pytest.fixture(autouse=True)
 def fresh(replica: FakeReplica) -> None:
+    until(lambda: replica.in_flight == 0, "the end of what others asked")
     replica.behave = answer()
     replica.requests.clear()
     replica.gone = 0
@@ -38,7 +51,7 @@ def router(
 ) -> Iterator[RouterUnderTest]:
     """One for all of them: what it survives it survives in any order."""
     log = tmp_path_factory.mktemp("bad") / "router.log"
-    with RouterUnderTest(log, "--drain-s", "5", replica.url) as router:
+    with RouterUnderTest(log, *PATIENT, "--drain-s", "5", replica.url) as router:
         yield router
         assert "Traceback" not in log.read_text()
 
@@ -52,10 +65,17 @@ def healthy(router: RouterUnderTest) -> Iterator[RouterUnderTest]:
     router.wait_idle()
 
 
-def send(router: RouterUnderTest, data: bytes) -> bytes:
-    """All that comes back until the router closes."""
+def send(router: RouterUnderTest, *parts: bytes, pause_s: float = 0.0) -> bytes:
+    """All that comes back until the router closes. What goes on coming after its refusal it reads for a while, and no
+    longer: not for as long as this process may stand still."""
     with router.connect() as connection:
-        connection.sendall(data)
+        begun = time.monotonic()
+        try:
+            for part in parts:
+                connection.sendall(part)
+                time.sleep(pause_s)
+        except ConnectionError:
+            assert time.monotonic() - begun > 0.9 * LINGER_S, "the answer could have been lost"
         return receive(connection)
 
 
@@ -131,19 +151,12 @@ def test_a_head_counts_once_however_it_comes(healthy: RouterUnderTest) -> None:
 
 
 def test_a_header_without_end_is_refused(healthy: RouterUnderTest) -> None:
-    with healthy.connect() as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nbig: ")
-        for _ in range(10):
-            connection.sendall(b"x" * 10_000)
-            time.sleep(0.01)
-        assert status_of(receive(connection)) == 431
+    parts = [b"GET / HTTP/1.1\r\nbig: ", *[b"x" * 10_000] * 10]
+    assert status_of(send(healthy, *parts, pause_s=0.01)) == 431
 
 
 def test_refusal_is_seen_though_the_client_goes_on_sending(healthy: RouterUnderTest) -> None:
-    with healthy.connect() as connection:
-        connection.sendall(request("content-length: 1000000000"))
-        connection.sendall(bytes(1 << 20))
-        assert status_of(receive(connection)) == 413
+    assert status_of(send(healthy, request("content-length: 1000000000"), bytes(1 << 20))) == 413
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -250,7 +263,7 @@ def test_odd_bodies_are_the_engines_to_judge(
 
 def test_slow_clients_are_left(make_router: MakeRouter, replica: FakeReplica) -> None:
     """A head that trickles, a body that stops, a connection without a request."""
-    router = make_router(replica, options=("--client-timeout-s", "1"))
+    router = make_router(replica, options=("--client-timeout-s", str(LEFT_AFTER_S)))
     began = time.monotonic()
     with router.connect() as trickle, router.connect() as stopped, router.connect() as idle:
         stopped.sendall(request(LENGTH, body=BODY[:10]))
@@ -264,7 +277,7 @@ def test_slow_clients_are_left(make_router: MakeRouter, replica: FakeReplica) ->
             except TimeoutError:
                 pass
         assert status_of(received) == 408
-        assert time.monotonic() - began > 1
+        assert time.monotonic() - began > LEFT_AFTER_S
         assert status_of(receive(stopped)) == 408
         assert receive(idle) == b""
     assert not replica.requests
@@ -276,7 +289,7 @@ def test_a_client_that_takes_nothing_is_left(make_router: MakeRouter, replica: F
         await writer.drain()
 
     replica.behave = behave
-    router = make_router(replica, options=("--client-timeout-s", "1"))
+    router = make_router(replica, options=("--client-timeout-s", str(LEFT_AFTER_S)))
     with router.connect() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         connection.sendall(request(LENGTH, body=BODY))

@@ -40,7 +40,8 @@ def test_metrics_that_do_not_come_eject_nobody(
     make_router: MakeRouter, replica: FakeReplica
 ) -> None:
     replica.metrics = "vllm:num_requests_waiting 3\n"
-    router = make_router(replica, options=("--connect-timeout-s", "1"))
+    router = make_router(replica, options=("--connect-timeout-s", "3"))
+    until(lambda: router.metric("replica_waiting_requests") == 3)
     replica.metrics = None
     replica.looks = 0
     until(lambda: replica.looks > FAILURES)

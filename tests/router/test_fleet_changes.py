@@ -39,10 +39,12 @@ def test_the_file_is_read_again(
     assert router.used(5) == {replicas[0].id}
     write(path, *(replica.url for replica in replicas))
     until(lambda: len(router.replicas()) == 3)
-    router.wait_state(replicas[2].id, "accepting")
+    for replica in replicas:
+        router.wait_state(replica.id, "accepting")
     assert router.used() == {replica.id for replica in replicas}
     write(path, replicas[1].url, f"named={replicas[2].url}")
     until(lambda: set(router.replicas()) == {replicas[1].id, "named"})
+    router.wait_state("named", "accepting")
     assert router.used() == {replicas[1].id, "named"}
 
 
@@ -91,7 +93,7 @@ def test_requests_in_flight_outlive_their_replicas_removal(
 
 
 def test_by_hand(make_router: MakeRouter, replicas: list[FakeReplica]) -> None:
-    router = make_router(replicas[0])
+    router = make_router(replicas[0], options=("--drain-s", "1000"))
     assert replicas[1].id in fleet(router, "add", replicas[1].url)
     router.wait_state(replicas[1].id, "accepting")
     assert router.used() == {replicas[0].id, replicas[1].id}

@@ -14,7 +14,7 @@ from urllib.request import urlopen
 
 import pytest
 from helpers import run_cli, until
-from router.conftest import RouterUnderTest
+from router.conftest import RouterUnderTest, receive_until
 from router.fake_replica import FakeReplica, answer, stream
 
 from vllm_kvpool.router import control
@@ -121,7 +121,7 @@ def test_each_worker_says_what_it_has_in_flight_and_remembers(
     make_router: MakeRouter, replica: FakeReplica
 ) -> None:
     """While a request is under way, and when all are over."""
-    replica.behave = stream(1_000, 0.01)
+    go_on = replica.hold()
     router = make_router(replica, options=("--workers", "2", "--retry-share", "0.5"))
 
     def gauges() -> list[dict[str, float]]:
@@ -139,6 +139,8 @@ def test_each_worker_says_what_it_has_in_flight_and_remembers(
         assert busy["in_flight_tokens"] > 0
         assert idle["in_flight_requests"] == idle["in_flight_tokens"] == 0
         assert router.metric("replica_connections", state="active") == 1
+        go_on()
+        assert receive_until(connection, b"0\r\n\r\n")
     router.wait_idle()
     replica.behave = answer()
     for number in range(20):
