@@ -269,8 +269,10 @@ class Hour:
             last = Clients(self._router.port, seed=-1)
             client = Client(last, 0)
             for _ in range(AFTERWARDS):
+                begun = time.monotonic()
                 await client.visit("ask")
                 await client.close()
+                self.report.standstills += time.monotonic() - begun > STANDSTILL_S
             self.report.afterwards = last.outcomes
 
     def _ask(self, path: str) -> str:

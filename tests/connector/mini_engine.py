@@ -56,7 +56,11 @@ def make_config(
         "kv_connector_module_path": "vllm_kvpool.connector",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"min_load_tokens": BLOCK, **extra},
+        "kv_connector_extra_config": {
+            "min_load_tokens": BLOCK,
+            "load_deadline_ms": PATIENT_MS,
+            **extra,
+        },
     }
     arguments = {
         "model": str(model),
@@ -218,6 +222,8 @@ class MiniEngine:
         kv_cache_utils.init_none_hash(hash_fn)
         self._hasher = kv_cache_utils.get_request_block_hasher(hash_block, hash_fn)
         self._depth = 2 if asynchronous else 1
+        self.unhurried = False
+        """Its steps end when what was under way has come, as it has come to an engine whose steps take time."""
         self._in_flight: deque[tuple[Any, ModelRunnerOutput]] = deque()
         self._tokens: dict[str, list[int]] = {}
         self._tables: dict[str, list[int]] = {}
@@ -232,10 +238,10 @@ class MiniEngine:
             self.connector._scheduler._tradeoff.computed = lambda *prefill: None
 
     def wait_connected(self) -> None:
-        """As an engine is some milliseconds after its first request."""
+        """As an engine is some milliseconds after its first request, or after its daemon's return."""
         link = self.connector._scheduler._link
         link.start()
-        until(lambda: (link.poll(), link.usable)[1], "connection")
+        until(lambda: (link.poll(), link.connected)[1], "connection")
         link.client.timeout_ms = PATIENT_MS  # a second's standstill costs no store
 
     def lose_patience(self) -> None:
@@ -337,6 +343,17 @@ class MiniEngine:
             self._process(*self._in_flight.popleft())
         if self.connector._scheduler is not None:
             self.connector._scheduler.check_integrity()
+        if self.unhurried:
+            self._wait_for_copies_and_daemon()
+
+    def _wait_for_copies_and_daemon(self) -> None:
+        for worker in self.workers:
+            attached = worker.connector._worker._attached
+            for number in attached.running if attached else ():
+                assert attached.engine.wait(number, PATIENT_MS)
+        client = self.connector._scheduler._link.client
+        if client._ledger.outstanding:
+            assert client.channel.socket.poll(PATIENT_MS), "the daemon does not answer"
 
     def _process(self, output: Any, result: ModelRunnerOutput) -> None:
         for outputs in self.scheduler.update_from_output(output, result).values():

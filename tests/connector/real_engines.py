@@ -22,6 +22,14 @@ from benchmarks.processes import Engine, PoolDaemon
 from vllm_kvpool.connector import compat
 
 POOL = f"e2e-{os.getpid()}"
+PATIENT = ("KVPoolConnector", "connector.patient_connector")
+TESTS = Path(__file__).parents[1]
+ENV = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(TESTS),
+    **({"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}),
+}
+"""Of every engine; PYTHONPATH for `PATIENT`."""
 BLOCK = 128
 LONG = 20 * BLOCK + 17
 SMALL_CACHE_BLOCKS = 64
@@ -51,30 +59,27 @@ def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     logs = tmp_path_factory.mktemp("engines")
     pool = {"pool": POOL, "load_deadline_ms": 30_000}
     small = (f"--num-gpu-blocks-override={SMALL_CACHE_BLOCKS}",)
-    seeds = {"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}
-    env = {"OMP_NUM_THREADS": "1", **seeds}
+    common: dict[str, Any] = {"connector_class": PATIENT, "options": OPTIONS, "env": ENV}
     daemon = PoolDaemon(logs / "daemon.log", name=POOL, size="1GiB", shm_dir="/dev/shm")
-    a = Engine(
-        tiny_model, logs / "a.log", extra={**pool, "checksum": "off"}, options=OPTIONS, env=env
-    )
+    a = Engine(tiny_model, logs / "a.log", extra={**pool, "checksum": "off"}, **common)
     b = Engine(
         tiny_model,
         logs / "b.log",
         extra={**pool, "checksum": "all"},
         options=OPTIONS + small,
-        env=env,
+        env=ENV,
     )
     change_config(b, kv_connector_module_path=None)  # found by name, through the plugin
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
+    speculation = ("--speculative-config", json.dumps(drafts))
     speculating = Engine(
         tiny_model,
         logs / "s.log",
         extra=pool,
-        options=(*OPTIONS, "--speculative-config", json.dumps(drafts)),
-        env=env,
+        **{**common, "options": OPTIONS + speculation},
     )
-    reference = Engine(tiny_model, logs / "r.log", extra=None, options=OPTIONS, env=env)
-    refused = Engine(tiny_model, logs / "refused.log", extra=pool, options=OPTIONS, env=env)
+    reference = Engine(tiny_model, logs / "r.log", extra=None, options=OPTIONS, env=ENV)
+    refused = Engine(tiny_model, logs / "refused.log", extra=pool, **common)
     change_config(refused, kv_load_failure_policy="fail")
     running = (a, b, speculating, reference)
     with daemon, a, b, speculating, reference, refused:
@@ -91,6 +96,14 @@ def engines(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def change_config(engine: Engine, **changes: Any) -> None:
     place = engine.command.index("--kv-transfer-config") + 1
     engine.command[place] = json.dumps({**json.loads(engine.command[place]), **changes})
+
+
+def patient(daemon: PoolDaemon) -> PoolDaemon:
+    """What its directory takes long for is no reason to do without."""
+    program = daemon.command.index("-m")
+    limits = ("pulls.LOOK_UP_MS=10000", "redis_url.TIMEOUT_S=10")
+    daemon.command[program : program + 2] = [str(TESTS / "tuned_daemon.py"), *limits, "--"]
+    return daemon
 
 
 def prompt_of(seed: int, length: int = LONG) -> list[int]:

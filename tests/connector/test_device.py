@@ -12,6 +12,7 @@ from helpers import WAIT_S, Daemon, until
 
 from vllm_kvpool import _native
 from vllm_kvpool._native import COPY_FAILED, CopyEngine
+from vllm_kvpool.connector import link
 from vllm_kvpool.connector.device import KVDevice
 from vllm_kvpool.connector.loads import STATUS_REASONS
 from vllm_kvpool.types import SlotRefs, num_refs
@@ -29,8 +30,11 @@ def step_while_idle(engine: MiniEngine) -> None:
         engine.step()
 
 
-def test_workers_map_the_pool_before_the_first_request(make_engine: MakeEngine) -> None:
+def test_workers_map_the_pool_before_the_first_request(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Mapping it, and registering it with a GPU, takes time that no request should wait for."""
+    monkeypatch.setattr(link, "ABSENT_S", WAIT_S)
     engine = make_engine(connect=False, tensor_parallel_size=2)
     assert all(worker.connector._worker._attached is None for worker in engine.workers)
     step_while_idle(engine)

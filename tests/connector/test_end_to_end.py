@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from connector.real_engines import BLOCK, LONG, POOL, Engines, metric, prompt_of, reset
-from helpers import until
+from helpers import WAIT_S, until
 
 from benchmarks.completions import Completion, complete
 from benchmarks.processes import Engine
@@ -27,7 +27,7 @@ def hints(**values: Any) -> dict[str, Any]:
 
 
 def counters(engines: Engines) -> dict[str, Any]:
-    return dict(fetch_stats(POOL, "/dev/shm")["counters"])
+    return dict(fetch_stats(POOL, "/dev/shm", WAIT_S)["counters"])
 
 
 def store(engines: Engines, engine: Engine, prompt: list[int]) -> Completion:
@@ -243,7 +243,14 @@ def test_trap_27_reset_of_the_external_cache_misses_until_stored_again(engines: 
     before = counters(engines)["ready"]
     reset(engines.b, external=True)
     assert complete(engines.b, prompt).cached_tokens == 0
-    until(lambda: counters(engines)["ready"] >= before + 20, f"{counters(engines)}")
+
+    def stored_again() -> bool:
+        if counters(engines)["ready"] < before + 20:
+            time.sleep(0.5)
+            complete(engines.b, prompt, max_tokens=1)
+        return counters(engines)["ready"] >= before + 20
+
+    until(stored_again, "the prompt's blocks in the pool")
     reset(engines.b)
     assert complete(engines.b, prompt).cached_tokens == 20 * BLOCK
     assert complete(engines.a, prompt).cached_tokens == 20 * BLOCK

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
-from helpers import Daemon, until
+from helpers import WAIT_S, Daemon, until
 
 from vllm_kvpool.config import pool_dir
 from vllm_kvpool.liveness import is_locked
 from vllm_kvpool.paths import PoolPaths
+from vllm_kvpool.pool.admin import fetch_stats
 
 MakeEngine = Callable[..., MiniEngine]
 
@@ -137,7 +138,13 @@ def test_auto_starts_a_daemon_that_outlives_the_engine(
     first, second = make_engine(extra=auto), make_engine(extra=auto)
     daemon_lock = PoolPaths(pool_dir("default", str(shm_dir))).daemon_lock
     pid = int(daemon_lock.read_text())
+
+    def is_populated() -> bool:
+        pool = fetch_stats("default", str(shm_dir), WAIT_S)["pool"]
+        return bool(pool["populated_slabs"] == pool["num_slabs"])
+
     try:
+        until(is_populated, "prefault")
         first.generate(prompt)
         first.close()
         assert second.generate(prompt) == (expected_output(prompt), 7 * BLOCK)

@@ -67,6 +67,7 @@ def test_preempted_request_loads_its_own_blocks_back(
     make_engine: MakeEngine, daemon: Daemon, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     engine = make_engine(asynchronous=asynchronous, num_blocks=48)
+    engine.unhurried = True
     seen = preemptions(engine, monkeypatch)
     prompts = [prompt_of(seed, 12 * BLOCK) for seed in range(3)]
     ids = [engine.add(prompt, 8 * BLOCK) for prompt in prompts]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
 from helpers import Daemon, until
+from hosts.conftest import patient
 from redis_server import RedisServer
 
 from benchmarks.processes import free_port
@@ -56,21 +57,13 @@ def keys_of(engine: MiniEngine, tokens: list[int]) -> BlockKeys:
 
 
 def pull(engine: MiniEngine, prompt: list[int], count: int = 1) -> set[int]:
-    """Cached tokens of so many requests at once, which store nothing. A machine that stands still may let the directory
-    miss its time, which is short: then they are asked again."""
-
-    def cached() -> set[int]:
-        slow = reasons(engine).get("pull_ends:directory_slow")
-        requests = [engine.add(prompt, hints={"store": False}) for _ in range(count)]
-        engine.run()
-        for request in requests:
-            assert engine.outputs[request] == expected_output(prompt)
-        engine.reset_prefix_cache()
-        if reasons(engine).get("pull_ends:directory_slow") != slow:
-            return set()
-        return {engine.cached_tokens[request] for request in requests}
-
-    return until(cached, "the directory")
+    """Cached tokens of so many requests at once, which store nothing."""
+    requests = [engine.add(prompt, hints={"store": False}) for _ in range(count)]
+    engine.run()
+    for request in requests:
+        assert engine.outputs[request] == expected_output(prompt)
+    engine.reset_prefix_cache()
+    return {engine.cached_tokens[request] for request in requests}
 
 
 @pytest.fixture
@@ -85,7 +78,7 @@ def pair(
         folder.mkdir()
         listen = f"tcp://127.0.0.1:{free_port()}"
         options = ("--min-block", "4KiB", "--listen", listen, "--directory", redis.url)
-        daemons.append(Daemon(folder, *options, size="32MiB").start())
+        daemons.append(patient(Daemon(folder, *options, size="32MiB")).start())
     until(lambda: len(redis.client.keys(b"kvpool:1:test:{hosts}:*")) == 2, "both in the directory")
 
     def make(host: Daemon, *, extra: dict[str, Any] | None = None, **options: Any) -> MiniEngine:

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from connector.real_engines import BLOCK, OPTIONS, metric, prompt_of, reset
-from helpers import until
+from connector.real_engines import BLOCK, ENV, OPTIONS, PATIENT, metric, prompt_of, reset
+from helpers import WAIT_S, until
 
 from benchmarks.completions import complete
 from benchmarks.processes import Engine, PoolDaemon, free_port
 from vllm_kvpool.config import ConnectorConfig, pool_dir
-from vllm_kvpool.connector import compat
 from vllm_kvpool.curve import make_keys
 from vllm_kvpool.liveness import is_locked
 from vllm_kvpool.paths import PoolPaths
@@ -38,7 +37,7 @@ class Remote(NamedTuple):
     shm_dir: str
 
     def counter(self, name: str) -> int:
-        return int(fetch_stats(self.name, self.shm_dir)["counters"].get(name, 0))
+        return int(fetch_stats(self.name, self.shm_dir, WAIT_S)["counters"].get(name, 0))
 
     def wait_pushed(self) -> None:
         until(lambda: self.counter("stored"), "the store")
@@ -72,11 +71,9 @@ def remote(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         tiny_model,
         logs / "engine.log",
         extra={**config, **patient, "shm_dir": str(shm / "here"), "checksum": "all"},
+        connector_class=PATIENT,
         options=OPTIONS,
-        env={
-            "OMP_NUM_THREADS": "1",
-            **({"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}),
-        },
+        env=ENV,
     )
     name = ConnectorConfig(pool=address).pool_name
     paths = PoolPaths(pool_dir(name, str(shm / "here")))

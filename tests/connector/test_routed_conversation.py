@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from connector.real_engines import BLOCK, POOL, Engines, metric
-from helpers import until
+from helpers import WAIT_S, until
 
 from benchmarks.conversation import Turn, converse
 from benchmarks.processes import Engine, Router
@@ -33,13 +33,14 @@ class Served(NamedTuple):
 def served(engines: Engines, tmp_path: Path) -> Iterator[Served]:
     pair = (engines.a, engines.speculating)
     addresses = [engine.url for engine in pair]
-    with Router(tmp_path / "router.log", "--probe-interval-s", "1", *addresses) as router:
+    times = ("--probe-interval-s", "1", "--connect-timeout-s", "30")  # engines are busy
+    with Router(tmp_path / "router.log", *times, *addresses) as router:
         yield Served(router, {engine.url.removeprefix("http://"): engine for engine in pair})
         assert "Traceback" not in router.log.read_text()
 
 
 def num_stored() -> int:
-    return int(fetch_stats(POOL, "/dev/shm")["counters"]["stored"])
+    return int(fetch_stats(POOL, "/dev/shm", WAIT_S)["counters"]["stored"])
 
 
 def test_a_conversation_survives_its_engine(served: Served, engines: Engines) -> None:

@@ -104,6 +104,7 @@ def test_pins_are_capped_and_what_is_left_follows_later(
 ) -> None:
     """Half of 80 blocks may be pinned: a prompt of 60 blocks takes several steps."""
     engine = make_engine(num_blocks=80, max_tokens=2048)
+    engine.unhurried = True
     engine.delay_stores(2)
     engine.generate(prompt_of(7, 60 * BLOCK), 40)
     wait_ready(daemon, 62)
@@ -195,7 +196,7 @@ def test_running_requests_store_all_of_their_chain_once_the_daemon_is_back(
     link = engine.connector._scheduler._link
     until(lambda: (engine.step(), not link.connected)[1])
     daemon.start()
-    until(lambda: (link.poll(), link.connected)[1])
+    engine.wait_connected()
     assert engine.status(request_id) is not None, "the request ended too early for this test"
     engine.run()
     wait_ready(daemon, 2 + (8 * BLOCK + 899) // BLOCK)

@@ -7,16 +7,24 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-from connector.real_engines import BLOCK, OPTIONS, metric, prompt_of, reset
-from helpers import until
+from connector.real_engines import (
+    BLOCK,
+    ENV,
+    OPTIONS,
+    PATIENT,
+    metric,
+    patient,
+    prompt_of,
+    reset,
+)
+from helpers import WAIT_S, until
 from redis_server import RedisServer
 
 from benchmarks.completions import complete
 from benchmarks.processes import Engine, PoolDaemon, free_port
-from vllm_kvpool.connector import compat
 from vllm_kvpool.curve import make_keys
 from vllm_kvpool.pool.admin import fetch_stats
 
@@ -32,7 +40,7 @@ class RealHost(NamedTuple):
     shm_dir: Path
 
     def counter(self, name: str) -> int:
-        return int(fetch_stats(POOL, str(self.shm_dir))["counters"].get(name, 0))
+        return int(fetch_stats(POOL, str(self.shm_dir), WAIT_S)["counters"].get(name, 0))
 
 
 class Hosts(NamedTuple):
@@ -57,7 +65,6 @@ def hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     public = [make_keys(folder, folder.name)[0] for folder in keys]
     for folder, other in zip(keys, reversed(public), strict=True):
         shutil.copy(other, folder)
-    seeds = {"PYTHONHASHSEED": "0"} if compat.none_hash_is_random("sha256") else {}
     made = []
     with contextlib.ExitStack() as stack:
         redis = RedisServer(logs).start()
@@ -69,16 +76,17 @@ def hosts(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             options = {"listen": listen, "keys": str(folder), "directory": redis.url}
             log = logs / f"{folder.name}.log"
             daemon = PoolDaemon(log, name=POOL, size="256MiB", shm_dir=str(shm_dir), **options)
-            stack.enter_context(daemon)
-            extra = {"pool": POOL, "shm_dir": str(shm_dir), "checksum": "all"}
+            stack.enter_context(patient(daemon))
+            extra: dict[str, Any] = {"pool": POOL, "shm_dir": str(shm_dir), "checksum": "all"}
             # Tiny models compute faster than this machine moves bytes: ask for the bytes anyway.
-            patient = {"pull_deadline_ms": 10_000, "prefill_tokens_per_s": 100}
+            extra |= {"pull_deadline_ms": 10_000, "prefill_tokens_per_s": 100}
             engine = Engine(
                 tiny_model,
                 logs / f"{folder.name}-engine.log",
-                extra={**extra, **patient, "load_deadline_ms": 30_000},
+                extra={**extra, "load_deadline_ms": 30_000},
+                connector_class=PATIENT,
                 options=OPTIONS,
-                env={"OMP_NUM_THREADS": "1", **seeds},
+                env=ENV,
             )
             made.append(RealHost(daemon, stack.enter_context(engine), shm_dir))
         for host in made:

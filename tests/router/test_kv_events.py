@@ -13,6 +13,8 @@ from router.conftest import CHAT, RouterUnderTest, chat_body
 from benchmarks.processes import MockEngine, free_port
 
 EVENTS = ("--speed", "0", "--dp-ranks", "2", "--events-port")
+TOKENS_IN_TIME = ("--connect-timeout-s", "40")
+"""An engine has a quarter of it to tell them."""
 
 
 @pytest.fixture
@@ -47,7 +49,8 @@ def test_the_router_knows_what_others_put_into_a_cache(
         engine.ask(CHAT, chat_body(text), X_data_parallel_rank="1")
     ports = f"{events_port},{events_port + 1_000}"
     ranks = [f"r{rank}={engine.url}@{rank}" for rank in range(2)]
-    router = make_router(*ranks, options=("--policy", "kv_events", "--kv-events", ports))
+    options = ("--policy", "kv_events", "--kv-events", ports, *TOKENS_IN_TIME)
+    router = make_router(*ranks, options=options)
     until(lambda: predicted_hit_tokens(router, texts[-1]) > 900, "the events to be heard")
     reasons = {router.ask("/route", chat_body(text)).json["reason"] for text in texts}
     assert "events" in reasons

@@ -111,6 +111,6 @@ def test_one_that_takes_too_long_is_stopped(
 def test_an_empty_turn_has_no_pause(tmp_path: Path) -> None:
     with players(tmp_path, "idles") as by_name:
         begun = time.monotonic()
-        assert len(list(rounds(by_name.values(), 60, [], pause_s=30.0))) == 4
-        assert time.monotonic() - begun < 30
+        assert len(list(rounds(by_name.values(), 60, [], pause_s=200.0))) == 4
+        assert time.monotonic() - begun < 200
     assert by_name["idles"].values == ["ready", None, None, None]

@@ -14,17 +14,18 @@ from vllm_kvpool.router.types import ReplicaState
 
 FIELDS = ("model", "messages", "prompt", "tools", "chat_template_kwargs", "add_generation_prompt")
 """Of a chat or completion body: what `/tokenize` takes too."""
-TIMEOUT_S = 0.5
-"""A prompt that takes longer is routed by its text."""
+TIMEOUT_SHARE = 0.25
+"""Of how long a replica may take to answer a probe: a prompt that takes longer is routed by its text."""
 _logger = logging.getLogger(__name__)
 
 
 class Tokens:
     """Belongs to one event loop."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, fleet: Fleet, probe_timeout_s: float) -> None:
         self._fleet = fleet
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
+        timeout = aiohttp.ClientTimeout(total=TIMEOUT_SHARE * probe_timeout_s)
+        self._session = aiohttp.ClientSession(timeout=timeout)
 
     async def of(self, body: Mapping[str, Any]) -> Sequence[int] | None:
         """None: it has neither messages nor one prompt, or no engine told in time."""

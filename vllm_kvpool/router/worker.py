@@ -69,7 +69,7 @@ class Worker:
             metrics,
             self._report,
             time.monotonic,
-            Tokens(fleet) if policy.needs_tokens else None,
+            Tokens(fleet, config.connect_timeout_s) if policy.needs_tokens else None,
         )
         self._proxy = Proxy(self._context, self._ask_metrics)
 

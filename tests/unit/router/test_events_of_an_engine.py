@@ -15,6 +15,7 @@ from helpers import WAIT_S
 
 from benchmarks.processes import Engine, free_port
 from benchmarks.tiny_model import make_tiny_model
+from vllm_kvpool.router import subscriber
 from vllm_kvpool.router.event_index import Trust
 from vllm_kvpool.router.fleet import Fleet
 from vllm_kvpool.router.keys import route_request
@@ -57,7 +58,10 @@ def chat(name: str, turns: int) -> dict[str, Any]:
     return {"model": "tiny", "messages": messages[:-1], "max_tokens": 1}
 
 
-def test_predictions_are_exact(engine: tuple[Engine, str, str]) -> None:
+def test_predictions_are_exact(
+    engine: tuple[Engine, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriber, "REPLAY_TIMEOUT_S", WAIT_S)
     running, events, replay = engine
     asyncio.run(_converse(running, events, replay))
 
@@ -71,8 +75,8 @@ async def _converse(running: Engine, events: str, replay: str) -> None:
 
     await post("/v1/chat/completions", chat("before", 2))  # gone before we come: replayed
     policy, fleet = KvEvents(), Fleet((Replica("a", running.url),))
-    subscriber = Subscriber(policy.events)
-    subscriber.follow("a", events, replay)
+    following = Subscriber(policy.events)
+    following.follow("a", events, replay)
     while policy.events.trust("a") is not Trust.EXACT:
         await asyncio.sleep(0.05)
 
@@ -105,4 +109,4 @@ async def _converse(running: Engine, events: str, replay: str) -> None:
     predicted, reported = await hits(chat("one", 4))
     assert predicted == reported < 4 * BLOCK
     policy.check_integrity()
-    await subscriber.close()
+    await following.close()

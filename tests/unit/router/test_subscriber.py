@@ -27,6 +27,12 @@ from vllm_kvpool.router.subscriber import Subscriber, endpoint_of_rank
 from vllm_kvpool.router.types import Replica, RouteRequest
 
 
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that stands still for seconds is not one that has no replay."""
+    monkeypatch.setattr(subscriber, "REPLAY_TIMEOUT_S", WAIT_S)
+
+
 @pytest.fixture
 def quick_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subscriber, "QUIET_MS", 50)

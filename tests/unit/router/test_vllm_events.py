@@ -13,6 +13,7 @@ import pytest
 from helpers import WAIT_S
 
 from benchmarks.processes import free_port
+from vllm_kvpool.router import subscriber
 from vllm_kvpool.router.event_index import EventIndex, Trust
 from vllm_kvpool.router.subscriber import Subscriber, endpoint_of_rank
 
@@ -54,8 +55,9 @@ async def until(what: Callable[[], object], value: object) -> None:
         await asyncio.sleep(0.01)
 
 
-def test_what_vllm_publishes_is_understood() -> None:
+def test_what_vllm_publishes_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     """As rank 1, whose ports vLLM counts up itself; the first batch is gone before we come."""
+    monkeypatch.setattr(subscriber, "REPLAY_TIMEOUT_S", WAIT_S)
     endpoint, replay = (f"tcp://127.0.0.1:{free_port() - 1}" for _ in range(2))
     bound = endpoint.replace("127.0.0.1", "*")
     command = [sys.executable, "-c", PUBLISHER, "1", bound, replay]
@@ -74,8 +76,8 @@ def test_what_vllm_publishes_is_understood() -> None:
 
 async def _follow(child: subprocess.Popen[str], endpoint: str, replay: str) -> None:
     index = EventIndex()
-    subscriber = Subscriber(index)
-    subscriber.follow("a", endpoint, replay)
+    following = Subscriber(index)
+    following.follow("a", endpoint, replay)
 
     def tell(what: str) -> None:
         assert child.stdin is not None
@@ -91,4 +93,4 @@ async def _follow(child: subprocess.Popen[str], endpoint: str, replay: str) -> N
         tell(what)
         await until(depth, expected)
     index.check_integrity()
-    await subscriber.close()
+    await following.close()
