@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 from benchmarks.chaos_clients import SESSIONS, TASKS, VISITS, Client, Clients
@@ -71,10 +73,10 @@ TIMES = (
 QUIET_S = 30.0
 """For all that is under way to end; idle connections to replicas are kept for 3 s."""
 TICK_S, STANDSTILL_S = 0.1, 0.5
-"""A tick that takes so long is one in which the machine stood still, for a good part of the router's times."""
+"""Who takes so long for a tick, or for the least of answers, stood still for a good part of the router's times."""
 AFTERWARDS = 200
 """Ordinary requests when all is over. They also fill the budgets of retries again."""
-MAX_STANDSTILLS = 10
+MAX_STANDSTILLS = 20
 """Each excuses an answer for every client."""
 SAMPLES = 30
 GROWTH_KIB = 3_072
@@ -92,7 +94,7 @@ class Report:
     afterwards: Counter[str] = field(default_factory=Counter)
     """The same of the last requests."""
     standstills: int = 0
-    """Of the whole machine: of them no router can make anything."""
+    """Of the machine or of one process: of them no router can make anything. Those at one time are one."""
     seconds: float = 0.0
     memory_kib: list[dict[str, int]] = field(default_factory=list)
     """Of the parent and of the oldest worker, at equal steps of the way."""
@@ -192,19 +194,33 @@ class Hour:
         random.Random(seed).shuffle(self._events)
         self._steps = [len(self._events) * step // SAMPLES for step in range(SAMPLES, 0, -1)]
         self._happened = 0
+        self._still_until = 0.0
+        router_urls = (f"http://127.0.0.1:{router.port}/health", f"http://{router.admin}/health")
+        self._watched = [*((url, None) for url in router_urls), *((r.url, r) for r in replicas)]
 
     async def run(self) -> Report:
-        watch = asyncio.create_task(self._watch_the_machine())
+        watches = [asyncio.create_task(self._watch(*one)) for one in self._watched]
         try:
             return await self._run()
         finally:
-            watch.cancel()
+            for watch in watches:
+                watch.cancel()
 
-    async def _watch_the_machine(self) -> None:
+    async def _watch(self, url: str, replica: MockEngine | None) -> None:
         while True:
-            begun = time.monotonic()
+            begun, trouble = time.monotonic(), self._troubles.of(replica)
             await asyncio.sleep(TICK_S)
-            self.report.standstills += time.monotonic() - begun > STANDSTILL_S
+            with contextlib.suppress(OSError, HTTPException):  # whatever it says
+                await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=30).close())
+            if trouble is not None and self._troubles.of(replica) == trouble:
+                self._time(begun, TICK_S)
+
+    def _time(self, begun: float, expected_s: float = 0.0) -> None:
+        """What should have taken no longer has ended."""
+        now = time.monotonic()
+        if now - begun - expected_s > STANDSTILL_S:
+            self.report.standstills += begun > self._still_until
+            self._still_until = now
 
     async def _run(self) -> Report:
         report, begun = self.report, time.monotonic()
@@ -272,7 +288,7 @@ class Hour:
                 begun = time.monotonic()
                 await client.visit("ask")
                 await client.close()
-                self.report.standstills += time.monotonic() - begun > STANDSTILL_S
+                self._time(begun)
             self.report.afterwards = last.outcomes
 
     def _ask(self, path: str) -> str:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from http.client import HTTPException
 from typing import Any
 
 from benchmarks.processes import MockEngine, Router
@@ -39,6 +40,8 @@ class Troubles:
         self._acting = asyncio.Lock()
         """One process or replica at a time: of three, two are always there."""
         self._down: MockEngine | None = None
+        self._downs: Counter[str] = Counter()
+        """By URL."""
         self._spared = router.workers()[0]
         """The worker whose memory is looked at."""
         self._done: Counter[str] = Counter()
@@ -55,11 +58,17 @@ class Troubles:
     async def cause(self, kind: str) -> None:
         """Returns when it is over; a fault's request may still be to come."""
         if kind in FAULTS:
-            await asyncio.to_thread(self._upright().ask, "/mock/faults", FAULTS[kind])
+            await asyncio.to_thread(self._tell, FAULTS[kind])
             return
         async with self._acting:
             await asyncio.to_thread(self._acts[kind])
         self._done[kind] += 1
+
+    def of(self, replica: MockEngine | None) -> int | None:
+        """How often it was taken down; None while it is."""
+        if replica is None:
+            return 0
+        return None if replica is self._down else self._downs[replica.url]
 
     async def waiting(self) -> int:
         """Faults that nobody has met yet."""
@@ -73,6 +82,23 @@ class Troubles:
             counts.update(replica.ask("/mock/faults")["met"])
         return counts
 
+    def _tell(self, fault: dict[str, Any]) -> None:
+        """One replica; another, if that is killed just then."""
+        while True:
+            replica = self._upright()
+            trouble = self.of(replica)
+            try:
+                replica.ask("/mock/faults", fault)
+                return
+            except (OSError, HTTPException):
+                if trouble is not None and self.of(replica) == trouble:
+                    raise
+
+    def _take_down(self) -> MockEngine:
+        replica = self._down = self._upright()
+        self._downs[replica.url] += 1
+        return replica
+
     def _upright(self) -> MockEngine:
         return self._draw.choice([r for r in self._replicas if r is not self._down])
 
@@ -80,7 +106,7 @@ class Troubles:
 
     def _kill(self) -> None:
         """And start it again. What has to be met there still has to be afterwards."""
-        replica = self._down = self._upright()
+        replica = self._take_down()
         faults = replica.ask("/mock/faults")
         replica.kill()
         self._met.update(faults["met"])
@@ -90,7 +116,7 @@ class Troubles:
         self._down = None
 
     def _freeze(self) -> None:
-        replica = self._down = self._upright()
+        replica = self._take_down()
         replica.signal(signal.SIGSTOP)
         time.sleep(FROZEN_S)
         replica.signal(signal.SIGCONT)
