@@ -96,7 +96,7 @@ TEST(cancel_waits_for_the_batches_under_way_only) {
         device.engine->cancel(job);
         cancelled = true;
     });
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::this_thread::sleep_for(std::chrono::milliseconds(500));  // it must have begun
     CHECK(!cancelled);
     device.cuda->hold(false);
     canceller.join();
