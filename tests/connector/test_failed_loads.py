@@ -5,6 +5,7 @@ Every test also checks that leases and KV blocks are all given back.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -70,6 +71,28 @@ def test_flipped_byte_is_a_counted_miss_and_the_block_is_forgotten(
     loader.reset_prefix_cache()
     assert loader.generate(PROMPT) == (expected_output(PROMPT), BLOCKS * BLOCK)
     assert loader.connector._scheduler._tradeoff._loads.count == 1
+
+
+def test_damage_is_forgotten_with_its_pool(loader: MiniEngine, daemon: Daemon) -> None:
+    """Another pool counts its references from the beginning: there the same one names a good block."""
+    before = refs_of(loader)
+    flip_byte(loader, 4)
+    loader.generate(PROMPT)
+    assert loader.stats["load_failed_blocks:checksum"] == 1
+    daemon.kill()
+    shutil.rmtree(daemon.paths.folder)
+    daemon.start()
+    pool_id = daemon.stats()["pool"]["pool_id"]
+
+    def stored_there() -> bool:
+        loader.reset_prefix_cache()
+        loader.generate(PROMPT, 1)
+        return view_of(loader).pool_id == pool_id and daemon.counter("ready") == BLOCKS
+
+    until(stored_there, "the new pool")
+    assert refs_of(loader) == before
+    loader.reset_prefix_cache()
+    assert loader.generate(PROMPT) == (expected_output(PROMPT), BLOCKS * BLOCK)
 
 
 def test_the_bytes_are_really_used(make_engine: MakeEngine, daemon: Daemon) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_kvpool._native import PoolView
 from vllm_kvpool.advice import no_daemon
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.config import ConnectorConfig, pool_dir
@@ -59,7 +60,10 @@ class PoolLink:
         """None while connected."""
         self._told_absence = False
         self._damaged: set[int] = set()
-        """A reference is never used again, so it may stay here: one for each checksum that failed."""
+        """In the pool that is mapped now: one reference for each checksum that failed. It may stay here as long
+        as that pool, which never uses it again."""
+        self._pool_id = ""
+        """Of that pool; "" before there is one."""
         self.client: PoolClient | None = None
         self.mask = b""
         """Turns block hashes into block keys."""
@@ -141,12 +145,19 @@ class PoolLink:
         if self.client is None:
             return []
         grants = self.client.poll()
+        self._notice_pool(self.client.view)
         if not self._settled and self.client.connected:
             self._settled, self._told_absence = True, False
             logger.info("KV pool: connected as client %s", self.client.client_id)
         self._settling = not self._settled and time.monotonic() < self._settle_until_s
         self._watch_daemon(self.client.connected)
         return grants
+
+    def _notice_pool(self, view: PoolView | None) -> None:
+        """Another one counts its references from the beginning: there the same one names a good block."""
+        if view is not None and view.pool_id != self._pool_id:
+            self._pool_id = view.pool_id
+            self._damaged.clear()
 
     def _watch_daemon(self, connected: bool) -> None:
         """One line in the log when it is missed, and one when it is there again."""
