@@ -58,7 +58,7 @@ class Channel:
         return True
 
     def receive(self, wait_ms: int = 0) -> AnyReply | None:
-        """The next reply; None: there is none, or it is not one that this version knows."""
+        """The next reply; None: there is none. ProtocolError: it is not one that this version knows."""
         if wait_ms and not self._socket.poll(wait_ms, zmq.POLLIN):
             return None
         # Unlike recv, a look does not release the GIL. In the scheduler's thread that would invite every other thread
@@ -67,8 +67,10 @@ class Channel:
             return None
         try:
             reply: AnyReply = protocol.decode_reply(self._socket.recv(NOBLOCK))
-        except (zmq.Again, msgspec.DecodeError):
+        except zmq.Again:
             return None
+        except msgspec.DecodeError as error:
+            raise ProtocolError("malformed", f"an answer cannot be read: {error}") from None
         return reply
 
     def close(self) -> None:
@@ -93,7 +95,7 @@ def call_daemon(
     """Say hello as an admin client, send `request` if there is one, and wait for the answer.
 
     Raises PoolUnavailable (nobody listens), PoolTimeout (no answer in time) or ProtocolError
-    (refused).
+    (refused, or answered in a way that this version cannot read).
     """
     give_up_ms = now_ms() + int(timeout_s * 1_000)
     hello = Hello(id=1, version=protocol.PROTOCOL_VERSION, now_ms=now_ms(), pid=os.getpid())

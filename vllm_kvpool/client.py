@@ -251,7 +251,7 @@ class PoolClient:
 
     def touch(self, refs: SlotRefs) -> None:
         """A chain (head first) was used."""
-        if self.connected and not self._channel.send(Touch(id=next(self._ids), refs=refs)):
+        if not self.connected or not self._channel.send(Touch(id=next(self._ids), refs=refs)):
             self.skipped["touch_not_sent"] += 1
 
     def drop(self, refs: SlotRefs) -> None:
@@ -283,7 +283,12 @@ class PoolClient:
 
     def _receive(self) -> None:
         for _ in range(MAX_REPLIES):
-            reply = self._channel.receive()
+            try:
+                reply = self._channel.receive()
+            except ProtocolError:
+                self.skipped["reply_malformed"] += 1
+                self._say_once("an answer of the daemon cannot be read: is it of another version?")
+                continue
             if reply is None:
                 break
             self._take(reply)

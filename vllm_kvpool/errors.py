@@ -35,7 +35,7 @@ class PoolTimeout(PoolUnavailable):
 
 
 class ProtocolError(KVPoolError):
-    """The daemon answered with an error."""
+    """The daemon answered with an error, or with what cannot be read."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")

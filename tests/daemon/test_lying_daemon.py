@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from helpers import PATIENT_MS, keys_of, namespace_of, until
 
 from vllm_kvpool import protocol
 from vllm_kvpool._native import MAX_CLIENTS, PoolOwner
+from vllm_kvpool.channel import call_daemon
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.config import pool_dir
+from vllm_kvpool.errors import ProtocolError
 from vllm_kvpool.ledger import StoreGrant
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.protocol import (
@@ -25,6 +28,7 @@ from vllm_kvpool.protocol import (
     Hello,
     Prepared,
     PrepareStore,
+    Stats,
     Welcome,
 )
 from vllm_kvpool.types import pack_refs
@@ -134,13 +138,26 @@ def test_grant_that_does_not_fit_the_keys(
         b"\x84\xa4type\xa9completed\xa2id\x02\xa5ready\x01\xa1x" + b"\x91" * 6_000 + b"\xc0",
     ],
 )
-def test_bytes_that_are_no_reply(liar: LyingDaemon, reply: bytes) -> None:
+def test_bytes_that_are_no_reply(
+    liar: LyingDaemon, reply: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     liar.connect()
     liar.answer = lambda _: reply
     liar.client.timeout_ms = 100
     assert liar.client.prepare_store(keys_of("chain", 1)) is not None
     (end,) = until(liar.turn, "the end of the request")
     assert (end.refs, end.reason) == (None, "timeout")
+    assert liar.client.skipped["reply_malformed"] == 1
+    assert caplog.text.count("cannot be read") == 1
+
+
+def test_admin_command_is_told_at_once(liar: LyingDaemon) -> None:
+    liar.answer = lambda _: b"\xc1"
+    with ThreadPoolExecutor() as threads:
+        call = threads.submit(call_daemon, liar.paths, Stats(id=0), timeout_s=PATIENT_MS)
+        until(lambda: (liar.serve(), call.done())[1], "the end of the call")
+    with pytest.raises(ProtocolError, match="cannot be read"):
+        call.result()
 
 
 def test_refused_completion_is_said_again_after_a_hello(liar: LyingDaemon) -> None:
