@@ -16,6 +16,7 @@ from hosts.conftest import patient
 from redis_server import RedisServer
 
 from benchmarks.processes import free_port
+from vllm_kvpool.connector.curve import MIN_OBSERVATIONS
 from vllm_kvpool.connector.scheduler import SchedulerSide
 from vllm_kvpool.keys import block_keys
 from vllm_kvpool.pool.anchors import TOKENS_AN_ENTRY, anchors
@@ -140,6 +141,15 @@ def test_short_prompts_are_not_asked_for(pair: Pair) -> None:
 
 def test_never_wait(pair: Pair) -> None:
     b = pair.make_engine(pair.b, extra={"pull_deadline_ms": 0})
+    b.generate(prompt_of(2, 10 * BLOCK))
+    assert pair.b.counter("pulls") == 0
+
+
+def test_who_computes_at_once_waits_for_nobody(pair: Pair) -> None:
+    """What its own prompts took counts, whatever is known of loads; and not what was configured."""
+    b = pair.make_engine(pair.b, learn=True)
+    for _ in range(MIN_OBSERVATIONS):
+        side(b)._tradeoff.computed(10 * BLOCK, 0.0)
     b.generate(prompt_of(2, 10 * BLOCK))
     assert pair.b.counter("pulls") == 0
 

@@ -163,3 +163,12 @@ def test_slow_loads_are_tried_again_after_a_while() -> None:
     tradeoff = taught(load_s=0.2, compute_s=0.1)
     assert tradeoff.predict(1_000, 1, False, 100.0 + TRUST_S) is not None
     assert tradeoff.predict(1_000, 1, False, 100.1 + TRUST_S) is None
+
+
+def test_what_computing_takes_is_known_without_loads() -> None:
+    tradeoff = Tradeoff()
+    assert tradeoff.compute_s(1_000, 1, alone=True) is None
+    teach(tradeoff, H200_MS)
+    assert tradeoff.compute_s(1_024, 1_024, alone=True) == pytest.approx(22.9e-3)
+    assert tradeoff.compute_s(1_024, 1_024, alone=False) == pytest.approx(26.1e-3)
+    assert tradeoff.load_s(1_024, 12.0) is None

@@ -101,10 +101,11 @@ class PullPlanner:
     def _worth_ms(self, record: RequestRecord, tokens: int, end: int) -> int:
         """How much sooner the `tokens` before block `end` can be loaded than computed, once they are here."""
         rest = record.request.num_tokens - end * self._link.block_tokens
-        prediction = self._tradeoff.predict(tokens, rest, record.alone, time.monotonic())
-        if prediction is None:
-            return tokens * 1_000 // self._tokens_per_s
-        return int((prediction.compute_s - prediction.load_s) * 1_000)
+        compute_s = self._tradeoff.compute_s(tokens, rest, record.alone)
+        if compute_s is None:
+            compute_s = tokens / self._tokens_per_s
+        load_s = self._tradeoff.load_s(tokens, time.monotonic()) or 0.0
+        return int((compute_s - load_s) * 1_000)
 
     def take_answers(self) -> None:
         """After each `PoolLink.poll`."""

@@ -7,7 +7,8 @@ loads: many of them at once would look slow one by one, while the link still car
 computes them. A load is a straight line over the number of tokens, fitted to the last ones; computation is a curve
 (`curve.py`). A request alone in its engine saves what its whole prompt takes less what the rest of it takes anyway,
 which is nothing where a step takes as long for both. Beside other requests every token counts, as many share a step.
-Until both are known, and again when no load was seen for a while, the answer is to load.
+Until both are known, and again when no load was seen for a while, the answer is to load. What computing takes is known
+without that.
 
 Pure: no clock, no engine.
 """
@@ -90,14 +91,24 @@ class Tradeoff:
         """So many, of whatever requests, in that time."""
         self._computations.add(tokens, seconds)
 
-    def predict(self, tokens: int, rest: int, alone: bool, now_s: float) -> Prediction | None:
-        """For `tokens` more of a prompt of which `rest` others are computed in any case. `alone`: no other request is
-        in the engine. None: not known."""
-        if not self._loads.known or not self._computations.reaches(rest + tokens):
+    def load_s(self, tokens: int, now_s: float) -> float | None:
+        """None: not known, or not any more."""
+        if not self._loads.known or now_s > self._last_load_s + TRUST_S:
             return None
-        if now_s > self._last_load_s + TRUST_S:
+        return self._loads.at(tokens)
+
+    def compute_s(self, tokens: int, rest: int, alone: bool) -> float | None:
+        """How much longer a prompt of which `rest` tokens are computed in any case takes with `tokens` more. `alone`:
+        no other request is in the engine. None: not known."""
+        if not self._computations.reaches(rest + tokens):
             return None
-        compute_s = self._computations.per_token() * tokens
         if alone:
-            compute_s = self._computations.at(rest + tokens) - self._computations.at(rest)
-        return Prediction(self._loads.at(tokens), compute_s)
+            return self._computations.at(rest + tokens) - self._computations.at(rest)
+        return self._computations.per_token() * tokens
+
+    def predict(self, tokens: int, rest: int, alone: bool, now_s: float) -> Prediction | None:
+        """For `tokens` more, as in `compute_s`. None: one of the two is not known."""
+        load_s, compute_s = self.load_s(tokens, now_s), self.compute_s(tokens, rest, alone)
+        if load_s is None or compute_s is None:
+            return None
+        return Prediction(load_s, compute_s)
