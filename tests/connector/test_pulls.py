@@ -16,6 +16,7 @@ from hosts.conftest import patient
 from redis_server import RedisServer
 
 from benchmarks.processes import free_port
+from vllm_kvpool.client import PoolClient
 from vllm_kvpool.connector.curve import MIN_OBSERVATIONS
 from vllm_kvpool.connector.scheduler import SchedulerSide
 from vllm_kvpool.keys import block_keys
@@ -104,6 +105,12 @@ def side(engine: MiniEngine) -> SchedulerSide:
     return scheduler
 
 
+def client_of(engine: MiniEngine) -> PoolClient:
+    client = side(engine)._link.client
+    assert client is not None
+    return client
+
+
 def reasons(engine: MiniEngine) -> dict[str, int]:
     return {key: n for key, n in engine.stats.items() if key.startswith("pull_ends")}
 
@@ -174,6 +181,8 @@ def test_our_daemon_hangs(pair: Pair) -> None:
     b.run()
     assert b.outputs[request] == expected_output(prompt)
     assert reasons(b) == {"pull_ends:no_answer": 1}
+    assert not client_of(b)._pulling
+    assert not client_of(b)._pulled
 
 
 def test_our_daemon_dies(pair: Pair) -> None:

@@ -125,8 +125,16 @@ class PullPlanner:
         """No answer in time."""
         if record.pull_due_ms:
             record.pull_due_ms = 0
-            if self._pulling.pop(record.pull_id, None) is not None:
+            if self._forget(record):
                 self._stats.count("pull_ends", reason="no_answer")
+
+    def _forget(self, record: RequestRecord) -> bool:
+        """Nobody waits for its answer any more. False: it was not waited for."""
+        if self._pulling.pop(record.pull_id, None) is None:
+            return False
+        if self._link.client is not None:
+            self._link.client.cancel_pull(record.pull_id)
+        return True
 
     # what vLLM does with requests -----------------------------------------------------------------
 
@@ -142,9 +150,7 @@ class PullPlanner:
         request_id = record.request.request_id
         self._loading.discard(request_id)
         self._held.pop(request_id, None)
-        client = self._link.client
-        if self._pulling.pop(record.pull_id, None) is not None and client is not None:
-            client.cancel_pull(record.pull_id)
+        self._forget(record)
 
     def end_step(self) -> None:
         """The step is planned."""
