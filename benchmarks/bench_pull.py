@@ -30,7 +30,7 @@ from benchmarks.bench_pool import wait_for
 from benchmarks.processes import ChildProcess, PoolDaemon, free_port
 from benchmarks.report import percentile, write_json
 from vllm_kvpool.client import PoolClient
-from vllm_kvpool.curve import make_keys
+from vllm_kvpool.host_keys import make_keys
 from vllm_kvpool.pool.anchors import anchors, asked
 from vllm_kvpool.pool.directory import Directory, HostRecord
 from vllm_kvpool.protocol import Namespace

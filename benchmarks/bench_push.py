@@ -30,7 +30,7 @@ from benchmarks.bench_pull import (
 )
 from benchmarks.processes import PoolDaemon, free_port
 from vllm_kvpool.client import PoolClient
-from vllm_kvpool.curve import make_keys
+from vllm_kvpool.host_keys import make_keys
 from vllm_kvpool.pool.admin import fetch_stats
 from vllm_kvpool.protocol import Namespace
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs

@@ -1,7 +1,8 @@
 """Imports go downwards only, and heavy packages stay in their corner.
 
-4   connector/ (vllm, torch)     router/ (aiohttp)     pool/ daemon, serve     cli starts them
-3   client channel ledger launch (zmq)                 pool/ (the rest)
+5   cli
+4   connector/ (vllm, torch)     router/ (aiohttp)     pool/daemon pool/serve
+3   client channel ledger launch host_keys (zmq)       pool/ (the rest)
 2   protocol
 1   types errors config paths clock liveness keys advice                       _native (C++)
 """
@@ -22,7 +23,7 @@ PACKAGE = "vllm_kvpool"
 LAYERS = {
     1: {"", "types", "errors", "config", "paths", "clock", "liveness", "keys", "advice", "_native"},
     2: {"protocol"},
-    3: {"client", "channel", "ledger", "launch", "curve", "pool"},
+    3: {"client", "channel", "ledger", "launch", "host_keys", "pool"},
     4: {"connector", "router", "pool.daemon", "pool.serve"},
     5: {"cli", "__main__"},
 }
@@ -43,11 +44,12 @@ ONLY_IN = {
     "aiohttp": ("router",),
     "httptools": ("router",),
     "uvloop": ("router",),
-    "zmq": ("channel", "curve", "router", *ON_THE_WIRE),
+    "zmq": ("channel", "host_keys", "router", *ON_THE_WIRE),
     "redis": ("pool.redis_url",),
 }
 PURE = (
     "types", "protocol", "ledger", "pool.sessions", "pool.anchors",
+    "connector.tradeoff", "connector.prefill_time",
     "router.types", "router.keys", "router.fleet", "router.policy", "router.rendezvous",
     "router.bounds", "router.bindings", "router.round_robin", "router.least_load", "router.session",
     "router.prefix_index", "router.tree", "router.groups", "router.affinity", "router.cache_aware",

@@ -17,8 +17,8 @@ from typing import Any
 
 from vllm_kvpool import __version__
 from vllm_kvpool.config import DEFAULT_POOL, SHM_DIR, PoolConfig, RouterConfig
-from vllm_kvpool.curve import make_keys
 from vllm_kvpool.errors import ConfigError, KVPoolError, RouterUnavailable
+from vllm_kvpool.host_keys import make_keys
 from vllm_kvpool.pool import admin, doctor
 from vllm_kvpool.pool.serve import serve
 from vllm_kvpool.router.fleet_commands import FleetCommands, replicas_text

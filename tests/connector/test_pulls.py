@@ -17,7 +17,7 @@ from redis_server import RedisServer
 
 from benchmarks.processes import free_port
 from vllm_kvpool.client import PoolClient
-from vllm_kvpool.connector.curve import MIN_OBSERVATIONS
+from vllm_kvpool.connector.prefill_time import MIN_OBSERVATIONS
 from vllm_kvpool.connector.scheduler import SchedulerSide
 from vllm_kvpool.keys import block_keys
 from vllm_kvpool.pool.anchors import TOKENS_AN_ENTRY, anchors

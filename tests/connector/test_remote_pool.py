@@ -17,7 +17,7 @@ from helpers import WAIT_S, until
 from benchmarks.completions import complete
 from benchmarks.processes import Engine, PoolDaemon, free_port
 from vllm_kvpool.config import ConnectorConfig, pool_dir
-from vllm_kvpool.curve import make_keys
+from vllm_kvpool.host_keys import make_keys
 from vllm_kvpool.liveness import is_locked
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.admin import clear, fetch_stats

@@ -25,7 +25,7 @@ from redis_server import RedisServer
 
 from benchmarks.completions import complete
 from benchmarks.processes import Engine, PoolDaemon, free_port
-from vllm_kvpool.curve import make_keys
+from vllm_kvpool.host_keys import make_keys
 from vllm_kvpool.pool.admin import fetch_stats
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

@@ -12,7 +12,7 @@ from hosts.conftest import Host, patient, wait_listed, wait_member
 from hosts.network import Network
 from redis_server import RedisServer, redis_program
 
-from vllm_kvpool.curve import make_keys
+from vllm_kvpool.host_keys import make_keys
 from vllm_kvpool.types import KEY_BYTES, BlockKeys, num_refs, unpack_refs
 
 COUNT = 200

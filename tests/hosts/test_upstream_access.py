@@ -11,7 +11,7 @@ from helpers import keys_of, run_cli, store, until
 from hosts.conftest import MakeHost, make_front, make_upstream
 from hosts.fronts import COUNT, check_has, wait_pushed
 
-from vllm_kvpool.curve import make_keys
+from vllm_kvpool.host_keys import make_keys
 from vllm_kvpool.types import num_refs
 
 

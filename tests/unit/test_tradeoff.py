@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from vllm_kvpool.connector import curve
+from vllm_kvpool.connector import prefill_time
 from vllm_kvpool.connector.tradeoff import MIN_OBSERVATIONS, TRUST_S, Line, Tradeoff
 
 H200_MS = {9: 15.0, 128: 16.5, 256: 15.8, 512: 17.6, 1_024: 29.3, 2_048: 52.2}
@@ -153,7 +153,7 @@ def test_nothing_is_said_before_both_are_known() -> None:
     for _ in range(MIN_OBSERVATIONS):
         assert tradeoff.predict(1_000, 1, False, 0.0) is None
         tradeoff.loaded(1_000, -9.0, 0.0)
-    for _ in range(curve.MIN_OBSERVATIONS):
+    for _ in range(prefill_time.MIN_OBSERVATIONS):
         assert tradeoff.predict(1_000, 1, False, 0.0) is None
         tradeoff.computed(1_000, 0.1)
     assert tradeoff.predict(1_000, 1, False, 0.0) is not None

@@ -5,8 +5,9 @@ Both are learnt from what requests of this engine went through: the time of a lo
 computation to its first token, with how many tokens were computed meanwhile. A load does not count its wait for other
 loads: many of them at once would look slow one by one, while the link still carries all of them sooner than the GPU
 computes them. A load is a straight line over the number of tokens, fitted to the last ones; computation is a curve
-(`curve.py`). A request alone in its engine saves what its whole prompt takes less what the rest of it takes anyway,
-which is nothing where a step takes as long for both. Beside other requests every token counts, as many share a step.
+(`prefill_time.py`). A request alone in its engine saves what its whole prompt takes less what the rest of it takes
+anyway, which is nothing where a step takes as long for both. Beside other requests every token counts, as many share a
+step.
 Until both are known, and again when no load was seen for a while, the answer is to load. What computing takes is known
 without that.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllm_kvpool.connector.curve import Curve
+from vllm_kvpool.connector.prefill_time import PrefillCurve
 
 KEEP = 0.9
 """What an observation weighs when the next one comes: about the last ten count."""
@@ -79,7 +80,7 @@ class Prediction(NamedTuple):
 class Tradeoff:
     def __init__(self) -> None:
         self._loads = Line()
-        self._computations = Curve()
+        self._computations = PrefillCurve()
         self._last_load_s = float("-inf")
 
     def loaded(self, tokens: int, begun_s: float, now_s: float) -> None:

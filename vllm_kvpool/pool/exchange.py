@@ -23,8 +23,8 @@ from vllm_kvpool import protocol
 from vllm_kvpool._native import PoolOwner
 from vllm_kvpool.clock import now_ms
 from vllm_kvpool.config import PoolConfig
-from vllm_kvpool.curve import HostKeys
 from vllm_kvpool.errors import ConfigError
+from vllm_kvpool.host_keys import HostKeys
 from vllm_kvpool.paths import PoolPaths
 from vllm_kvpool.pool.directory import Directory, HostRecord
 from vllm_kvpool.pool.finder import Finder

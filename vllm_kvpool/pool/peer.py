@@ -17,7 +17,7 @@ import zmq
 
 from vllm_kvpool import protocol
 from vllm_kvpool.clock import now_ms
-from vllm_kvpool.curve import HostKeys
+from vllm_kvpool.host_keys import HostKeys
 from vllm_kvpool.pool.directory import HostRecord
 from vllm_kvpool.protocol import (
     MAX_FRAME_BYTES,

@@ -16,7 +16,7 @@ import zmq
 
 from vllm_kvpool import protocol
 from vllm_kvpool.clock import now_ms
-from vllm_kvpool.curve import HostKeys
+from vllm_kvpool.host_keys import HostKeys
 from vllm_kvpool.pool.inbox import Inbox
 from vllm_kvpool.pool.outbox import Outbox
 from vllm_kvpool.pool.requests import RefusedError, check_version, checked_keys, decode, id_of

@@ -7,7 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 
-from vllm_kvpool.curve import HostKeys
+from vllm_kvpool.host_keys import HostKeys
 from vllm_kvpool.pool.directory import Answer, HostRecord
 from vllm_kvpool.protocol import POOL_ID_BYTES
 

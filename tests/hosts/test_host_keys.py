@@ -13,7 +13,7 @@ import zmq
 from helpers import PATIENT_MS, check_bytes, keys_of, run_cli, store, until
 from hosts.conftest import Host, wait_listed
 
-from vllm_kvpool.curve import HostKeys, make_keys
+from vllm_kvpool.host_keys import HostKeys, make_keys
 
 MakeHost = Callable[..., Host]
 QUIET_MS = 1_500

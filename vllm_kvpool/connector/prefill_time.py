@@ -45,7 +45,7 @@ class _Length:
             self.typical = Point(fmean(tokens), median(seconds))
 
 
-class Curve:
+class PrefillCurve:
     def __init__(self) -> None:
         self._count = 0
         self._lengths: dict[int, _Length] = {}

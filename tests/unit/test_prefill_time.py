@@ -6,19 +6,25 @@ from collections.abc import Mapping
 
 import pytest
 
-from vllm_kvpool.connector.curve import FORGOTTEN_AFTER, KEPT, MIN_OBSERVATIONS, REACH, Curve
+from vllm_kvpool.connector.prefill_time import (
+    FORGOTTEN_AFTER,
+    KEPT,
+    MIN_OBSERVATIONS,
+    REACH,
+    PrefillCurve,
+)
 
 H200_MS = {9: 15.0, 128: 16.5, 256: 15.8, 512: 17.6, 768: 22.9, 1_024: 29.3, 2_048: 52.2}
 """Llama 3 8B, eager: time to the first token, by tokens computed."""
 
 
-def taught(times_ms: Mapping[int, float], rounds: int = MIN_OBSERVATIONS) -> Curve:
-    curve = Curve()
+def taught(times_ms: Mapping[int, float], rounds: int = MIN_OBSERVATIONS) -> PrefillCurve:
+    curve = PrefillCurve()
     teach(curve, times_ms, rounds)
     return curve
 
 
-def teach(curve: Curve, times_ms: Mapping[int, float], rounds: int) -> None:
+def teach(curve: PrefillCurve, times_ms: Mapping[int, float], rounds: int) -> None:
     for _ in range(rounds):
         for tokens, ms in times_ms.items():
             curve.add(tokens, ms)
