@@ -95,6 +95,25 @@ def test_damage_is_forgotten_with_its_pool(loader: MiniEngine, daemon: Daemon) -
     assert loader.generate(PROMPT) == (expected_output(PROMPT), BLOCKS * BLOCK)
 
 
+def test_while_a_replaced_pool_drains_there_is_none(loader: MiniEngine, daemon: Daemon) -> None:
+    client, held = client_of(loader), refs_of(loader)
+    assert client.lease(held) == held
+    daemon.kill()
+    shutil.rmtree(daemon.paths.folder)
+    daemon.start()
+
+    def draining() -> bool:
+        loader.generate(prompt_of(2, 4 * BLOCK))
+        loader.reset_prefix_cache()
+        return not client.readable
+
+    until(draining, "the new daemon")
+    before = loader.stats.get("misses:no_pool", 0)
+    assert loader.generate(PROMPT) == (expected_output(PROMPT), 0)
+    assert loader.stats.get("misses:no_pool", 0) == before + 1
+    client.release(held)
+
+
 def test_the_bytes_are_really_used(make_engine: MakeEngine, daemon: Daemon) -> None:
     """Without checksums a flipped byte reaches the attention: the control for all other tests."""
     engine = make_engine(extra={"checksum": "off"})

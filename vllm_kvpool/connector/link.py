@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ GROUP = 0
 """The only KV cache group that is shared."""
 
 
+class _Daemon(Enum):
+    """What the last step saw of it."""
+
+    GREETED = auto()
+    """It may still answer the first Hello at once."""
+    MISSED = auto()
+    """No connection; it may be back before anybody has to hear of that."""
+    ABSENT = auto()
+    """The log says so."""
+    THERE = auto()
+
+
 class PoolLink:
     def __init__(self, vllm_config: Any, kv_cache_config: Any, config: ConnectorConfig) -> None:
         self._config = config
@@ -53,12 +66,9 @@ class PoolLink:
         self._attachment: PoolAttachment | None = None
         self._digest = b""
         self._salt = b""
-        self._settled = False
-        self._settling = False
-        self._settle_until_s = 0.0
-        self._absent_since_s: float | None = None
-        """None while connected."""
-        self._told_absence = False
+        self._daemon = _Daemon.GREETED
+        self._missed_since_s = 0.0
+        """Nothing while it is there."""
         self._damaged: set[int] = set()
         """In the pool that is mapped now: one reference for each checksum that failed. It may stay here as long
         as that pool, which never uses it again."""
@@ -92,18 +102,19 @@ class PoolLink:
 
     @property
     def usable(self) -> bool:
-        """Whether blocks can be leased: a daemon has answered once (it may be gone by now)."""
-        return self._settled
+        """Whether blocks can be found and leased: a daemon has answered once (it may be gone by now)."""
+        return self.client is not None and self.client.readable
 
     @property
     def connected(self) -> bool:
         """Whether stores are taken now."""
-        return self._settled and self.client is not None and self.client.connected
+        return self.client is not None and self.client.connected
 
     @property
     def awaiting(self) -> bool:
-        """Whether the first Hello is still to be answered, or its answer to be missed in the log."""
-        return self.client is not None and not self._settled and not self._told_absence
+        """Whether a Hello is still to be answered, or its answer to be missed in the log."""
+        waiting = self._daemon in (_Daemon.GREETED, _Daemon.MISSED)
+        return self.client is not None and waiting
 
     def set_layouts(self, layouts: Mapping[tuple[int, int], WorkerLayout]) -> None:
         """By (pipeline rank, tensor rank), as vLLM collects them."""
@@ -134,8 +145,7 @@ class PoolLink:
         self._digest = namespace.digest
         self.mask = key_mask(self._digest, GROUP, self._salt)
         self.client = PoolClient(self._folder, namespace)
-        self._settle_until_s = time.monotonic() + FIRST_HELLO_S
-        self._settling = True
+        self._daemon, self._missed_since_s = _Daemon.GREETED, time.monotonic()
         logger.info(
             "KV pool: %s, namespace %s, %s", self._folder, self._digest.hex()[:16], namespace.fields
         )
@@ -144,13 +154,13 @@ class PoolLink:
         """Once a step, at its end."""
         if self.client is None:
             return []
+        knew_pool = self.usable
         grants = self.client.poll()
         self._notice_pool(self.client.view)
-        if not self._settled and self.client.connected:
-            self._settled, self._told_absence = True, False
-            logger.info("KV pool: connected as client %s", self.client.client_id)
-        self._settling = not self._settled and time.monotonic() < self._settle_until_s
-        self._watch_daemon(self.client.connected)
+        if self.client.connected:
+            self._note_there(self.client.client_id, knew_pool)
+        else:
+            self._note_missed(time.monotonic())
         return grants
 
     def _notice_pool(self, view: PoolView | None) -> None:
@@ -159,17 +169,23 @@ class PoolLink:
             self._pool_id = view.pool_id
             self._damaged.clear()
 
-    def _watch_daemon(self, connected: bool) -> None:
-        """One line in the log when it is missed, and one when it is there again."""
-        if connected:
-            if self._told_absence:
-                name = self._config.pool_name
-                logger.info("KV pool: the daemon of pool '%s' is back: blocks are stored", name)
-            self._absent_since_s, self._told_absence = None, False
-        elif self._absent_since_s is None:
-            self._absent_since_s = time.monotonic()
-        elif not self._told_absence and time.monotonic() - self._absent_since_s >= ABSENT_S:
-            self._told_absence = True
+    def _note_there(self, client_id: str, knew_pool: bool) -> None:
+        if not knew_pool:
+            logger.info("KV pool: connected as client %s", client_id)
+        elif self._daemon is _Daemon.ABSENT:
+            name = self._config.pool_name
+            logger.info("KV pool: the daemon of pool '%s' is back: blocks are stored", name)
+        self._daemon = _Daemon.THERE
+
+    def _note_missed(self, now_s: float) -> None:
+        """One line in the log, if it lasts."""
+        if self._daemon is _Daemon.THERE:
+            self._daemon, self._missed_since_s = _Daemon.MISSED, now_s
+        missed_s = now_s - self._missed_since_s
+        if self._daemon is _Daemon.GREETED and missed_s >= FIRST_HELLO_S:
+            self._daemon = _Daemon.MISSED
+        if self._daemon is _Daemon.MISSED and missed_s >= ABSENT_S:
+            self._daemon = _Daemon.ABSENT
             logger.warning("KV pool: %s", self._absence())
 
     def _absence(self) -> str:
@@ -180,7 +196,7 @@ class PoolLink:
         except (OSError, PoolUnavailable) as error:
             return f"pool '{name}' is out of reach: {error}"
         what = f"the daemon of pool '{name}' {'does not answer' if runs else 'is gone'}"
-        if self._settled:
+        if self.usable:
             return f"{what}: storing nothing until it is back, loads go on"
         if runs:
             return f"{what}: nothing is stored or loaded until it takes this engine; ask `vllm-kvpool doctor`"
@@ -201,7 +217,7 @@ class PoolLink:
         The same for all lookups of a step. vLLM puts those off ahead of those that load; were they
         mixed, vLLM up to 0.29 would wait with the former for blocks that the latter hold, for ever.
         """
-        return self._settling
+        return self.client is not None and self._daemon is _Daemon.GREETED
 
     # blocks -----------------------------------------------------------------------------------------
 
@@ -242,7 +258,6 @@ class PoolLink:
 
     def close(self) -> None:
         self._slot = None  # no new client is made
-        self._settling = False
         if self.client is not None:
             self.client.close()
             self.client = None
