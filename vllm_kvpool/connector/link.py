@@ -68,7 +68,7 @@ class PoolLink:
         self._salt = b""
         self._daemon = _Daemon.GREETED
         self._missed_since_s = 0.0
-        """Nothing while it is there."""
+        """Means nothing while it is there."""
         self._damaged: set[int] = set()
         """In the pool that is mapped now: one reference for each checksum that failed. It may stay here as long
         as that pool, which never uses it again."""
