@@ -226,6 +226,9 @@ class CopyEngine:
         False where that cannot be had (memory of this process, a device that refuses): `wait` for them."""
     def wait(self, job: int, milliseconds: int) -> bool:
         """Until the job has ended, however it did; the next `poll` tells. False: it has not in that time."""
+    loads_stand_still_s: float
+    """Seconds for which no batch of any load has ended, while loads are under way; 0 without any. Batches are what the
+    device is asked for at once (blocks on a CPU)."""
     def cancel(self, job: int) -> None:
         """Stop a job; returns when no thread touches its memory. Its unfinished blocks end as COPY_CANCELLED and
         the job is reported by the next `poll`."""

@@ -440,6 +440,8 @@ void bind_copy(nb::module_& m) {
         .def(
             "wait", [](PyCopyEngine& c, uint64_t job, uint64_t ms) { return c.engine.wait(job, ms); }, "job"_a,
             "milliseconds"_a, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("loads_stand_still_s",
+                     [](PyCopyEngine& c) { return static_cast<double>(c.engine.loads_stand_still_ns()) / 1e9; })
         .def(
             "cancel", [](PyCopyEngine& c, uint64_t job) { c.engine.cancel(job); }, "job"_a,
             nb::call_guard<nb::gil_scoped_release>())

@@ -71,14 +71,22 @@ std::vector<FinishedCopy> CopyEngine::poll() {
 std::vector<uint64_t> CopyEngine::arriving(uint64_t milliseconds) {
     std::unique_lock lock(mutex_);
     std::vector<uint64_t> numbers;
-    auto told = [&] { return !(numbers = arriving_loads()).empty() || !finished_.empty() || !is_loading(); };
+    auto told = [&] {
+        return !(numbers = arriving_loads()).empty() || !finished_.empty() || first_load() == jobs_.end();
+    };
     idle_.wait_for(lock, std::chrono::milliseconds(milliseconds), told);
     return numbers;
 }
 
-bool CopyEngine::is_loading() const {
+CopyEngine::Jobs::const_iterator CopyEngine::first_load() const {
     auto loads = [](const auto& job) { return job.second->direction == Direction::kLoad; };
-    return std::any_of(jobs_.begin(), jobs_.end(), loads);
+    return std::find_if(jobs_.begin(), jobs_.end(), loads);
+}
+
+uint64_t CopyEngine::loads_stand_still_ns() const {
+    std::lock_guard lock(mutex_);
+    auto oldest = first_load();
+    return oldest == jobs_.end() ? 0 : now_ns() - std::max(oldest->second->started_ns, load_progress_ns_);
 }
 
 std::vector<uint64_t> CopyEngine::arriving_loads() const {
@@ -151,6 +159,7 @@ void CopyEngine::put_back(const Batch& batch, const std::vector<CopyStatus>& sta
     auto bad = [](CopyStatus one) { return one != CopyStatus::kOk; };
     if (std::any_of(status.begin(), status.end(), bad)) job->good = false;
     std::copy(status.begin(), status.end(), job->status.begin() + static_cast<ptrdiff_t>(batch.first));
+    if (job->direction == Direction::kLoad) load_progress_ns_ = now_ns();
     if (--job->busy > 0) return;
     idle_.notify_all();
     if (job->next >= job->blocks.size() && jobs_.count(job->number) != 0) finish(job);

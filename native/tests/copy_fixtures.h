@@ -77,6 +77,12 @@ struct Slots {
     }
 };
 
+template <class Done>
+void until(Done done) {
+    for (int i = 0; i < 20'000 && !done(); ++i) std::this_thread::sleep_for(std::chrono::microseconds(500));
+    CHECK(done());
+}
+
 inline FinishedCopy wait(CopyEngine& engine) {
     while (true) {
         std::vector<FinishedCopy> finished = engine.poll();

@@ -18,12 +18,6 @@ inline FakeCuda* fake(const std::string& library) {
     return reinterpret_cast<decltype(&fake_cuda)>(dlsym(handle, "fake_cuda"))();
 }
 
-template <class Done>
-void until(Done done) {
-    for (int i = 0; i < 20'000 && !done(); ++i) std::this_thread::sleep_for(std::chrono::microseconds(500));
-    CHECK(done());
-}
-
 inline void populate(const PoolFile& file, bool populated = true) {
     for (uint64_t slab = 0; slab < file.geometry().num_slabs; ++slab) file.slabs()[slab].populated.store(populated);
 }

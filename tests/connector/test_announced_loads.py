@@ -32,6 +32,7 @@ class LateCopies:
     find the bytes that they were ordered to come after, before anybody on the processor has waited for them."""
 
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    loads_stand_still_s = 0.0
 
     def __init__(self, engine: CopyEngine, orders: bool) -> None:
         self._engine = engine

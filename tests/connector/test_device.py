@@ -58,6 +58,7 @@ class BrokenCopies:
     """A copy engine whose device refuses everything."""
 
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    loads_stand_still_s = 0.0
 
     def __init__(self, engine: CopyEngine) -> None:
         self._engine = engine

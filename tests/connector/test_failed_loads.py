@@ -5,12 +5,14 @@ Every test also checks that leases and KV blocks are all given back.
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from connector.mini_engine import BLOCK, MiniEngine, expected_output, prompt_of
-from helpers import Daemon, until
+from helpers import WAIT_S, Daemon, until
 
 from vllm_kvpool._native import COPY_CANCELLED, CopyEngine
 from vllm_kvpool.connector.metadata import LoadJob
@@ -166,11 +168,14 @@ class StuckCopies:
         self.loads_to_hold = 1_000
         self._stuck: dict[int, int] = {}
         self._cancelled: list[tuple[int, bytes, int]] = []
+        self._since_s = 0.0
         self.cancels = 0
 
     def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
         if len(self._stuck) + self.cancels == self.loads_to_hold:
             return self._engine.submit_load(refs, blocks, stream)
+        if not self._stuck:
+            self._since_s = time.monotonic()
         number = 1_000_000 + len(self._stuck)
         self._stuck[number] = num_refs(refs)
         return number
@@ -185,10 +190,58 @@ class StuckCopies:
     def arriving(self, milliseconds: int) -> list[int]:
         return []
 
+    @property
+    def loads_stand_still_s(self) -> float:
+        return time.monotonic() - self._since_s if self._stuck else 0.0
+
     def cancel(self, number: int) -> None:
         self.cancels += 1
         blocks = self._stuck.pop(number)
         self._cancelled.append((number, bytes([COPY_CANCELLED]) * blocks, 1))
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class CreepingCopies:
+    """A copy engine whose load takes `batches`, one of which ends at each poll."""
+
+    def __init__(self, engine: CopyEngine, batches: int, batch_s: float) -> None:
+        self._engine = engine
+        self._batches = batches
+        self._batch_s = batch_s
+        self._load: tuple[SlotRefs, bytes] | None = None
+        self._progress_s = 0.0
+        self.cancels = 0
+
+    def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
+        assert self._load is None
+        self._load = refs, blocks
+        return 1_000_000
+
+    def poll(self) -> list[tuple[int, bytes, int]]:
+        if self._load is None:
+            return self._engine.poll()
+        self._batches -= 1
+        time.sleep(self._batch_s)
+        self._progress_s = time.monotonic()
+        if self._batches > 0:
+            return []
+        number = self._engine.submit_load(*self._load)
+        self._load = None
+        assert self._engine.wait(number, 10_000)
+        ((_, statuses, nanoseconds),) = self._engine.poll()
+        return [(1_000_000, statuses, nanoseconds)]
+
+    def arriving(self, milliseconds: int) -> list[int]:
+        return []
+
+    @property
+    def loads_stand_still_s(self) -> float:
+        return 0.0 if self._load is None else time.monotonic() - self._progress_s
+
+    def cancel(self, number: int) -> None:
+        self.cancels += 1
 
     def close(self) -> None:
         self._engine.close()
@@ -213,6 +266,30 @@ def test_trap_10_load_past_its_deadline_is_stopped_then_reported(
     assert loader.generate(PROMPT)[0] == expected_output(PROMPT)
     assert stuck.cancels == 1
     assert loader.stats["load_failed_blocks:deadline"] == BLOCKS
+
+
+def test_load_that_gets_on_may_take_longer_than_the_deadline(loader: MiniEngine) -> None:
+    attached = loader.worker._worker._attached
+    loader.worker._worker._deadline_s = 0.2
+    attached.engine = creeping = CreepingCopies(attached.engine, batches=20, batch_s=0.03)
+    assert loader.generate(PROMPT, 1) == (expected_output(PROMPT, 1), BLOCKS * BLOCK)
+    assert creeping.cancels == 0
+
+
+def test_stores_that_end_do_not_save_a_load_that_is_stuck(
+    loader: MiniEngine, stuck: StuckCopies
+) -> None:
+    request_id = loader.add(PROMPT)
+    seeds = itertools.count(2)
+    give_up = time.monotonic() + WAIT_S
+    while not loader.outputs[request_id]:
+        assert time.monotonic() < give_up, "the load is never stopped"
+        if len(loader.scheduler.requests) == 1:
+            loader.add(prompt_of(next(seeds), 2 * BLOCK), 1)
+        loader.step()
+    assert stuck.cancels == 1
+    assert loader.stats["load_failed_blocks:deadline"] == BLOCKS
+    assert loader.stats["store_blocks"] > BLOCKS
 
 
 def test_trap_10_aborted_load_is_reported_all_the_same(

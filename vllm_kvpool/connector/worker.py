@@ -73,8 +73,6 @@ class _Attached:
         """By the engine's number of the copy."""
         self.announced: set[int] = set()
         """Loads among them that vLLM takes for ended."""
-        self.progress_s = 0.0
-        """When a copy was last started with none under way, or ended."""
         self.told_error = ""
         """Of the device, as the log has it already."""
         self._lock = lock
@@ -82,11 +80,6 @@ class _Attached:
     def hold(self) -> bool:
         """Whether the engine's lock is held: no slot may be touched without it."""
         return self._lock.hold()
-
-    def started(self, number: int, job: CopyJob) -> None:
-        if not self.running:
-            self.progress_s = time.monotonic()
-        self.running[number] = job
 
     def of_all_blocks(self, job: CopyJob, statuses: bytes) -> bytes:
         """`statuses`: of those that were copied here. About the rest of a store its other holders
@@ -171,7 +164,7 @@ class WorkerSide:
                 self._end(load, bytes([COPY_CANCELLED]) * num_refs(load.refs))
                 continue
             number = attached.engine.submit_load(load.refs, load.blocks, stream)
-            attached.started(number, load)
+            attached.running[number] = load
         for store in metadata.stores:
             if attached is None:
                 self._end(store, bytes([COPY_CANCELLED]) * num_refs(store.refs))
@@ -185,7 +178,7 @@ class WorkerSide:
             self._end(store, bytes([COPY_OK]) * num_refs(store.refs))
             return
         number = attached.engine.submit_store(refs.tobytes(), blocks.tobytes(), stream)
-        attached.started(number, store)
+        attached.running[number] = store
 
     def _attach(self, attachment: PoolAttachment | None) -> _Attached | None:
         """Map the pool of `attachment`, if it is another one than before. None: it cannot be
@@ -233,8 +226,8 @@ class WorkerSide:
             attached.close()
 
     def poll(self) -> None:
-        """Note what has ended. When nothing has for as long as a load may take, stop the loads:
-        many of them at once may take longer, as long as they get on."""
+        """Note what has ended. When no part of any load has for as long as one may take, stop them all: a long one, or
+        many at once, may take longer, as long as they get on."""
         attached = self._attached
         if attached is None or not attached.running:
             return
@@ -243,7 +236,7 @@ class WorkerSide:
         else:
             self._announce(attached)
         self._take_finished(attached)
-        if time.monotonic() < attached.progress_s + self._deadline_s:
+        if attached.engine.loads_stand_still_s < self._deadline_s:
             return
         for number, job in list(attached.running.items()):
             if isinstance(job, LoadJob):
@@ -268,7 +261,6 @@ class WorkerSide:
         """RuntimeError: bytes of an announced load were lost on the way, with the device or with a lease, and vLLM
         cannot be told any more."""
         for number, statuses, nanoseconds in attached.engine.poll():
-            attached.progress_s = time.monotonic()
             if COPY_FAILED in statuses and attached.told_error != attached.engine.error:
                 attached.told_error = attached.engine.error
                 logger.error("KV pool: copies failed: %s", attached.told_error)

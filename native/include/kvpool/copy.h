@@ -67,6 +67,9 @@ class CopyEngine {
     bool order_after_loads(uint64_t stream) { return backend_->order_after_loads(stream); }
     // Until `job` has ended, or so many milliseconds. Whether it has.
     bool wait(uint64_t job, uint64_t milliseconds);
+    // For how long no batch of any load has ended, while loads are under way; 0 without any. A load may be long, and
+    // many wait for each other: what matters is whether they get on.
+    uint64_t loads_stand_still_ns() const;
     void cancel(uint64_t job);
     void close();  // cancels all and joins the threads; `poll` may follow
 
@@ -96,7 +99,7 @@ class CopyEngine {
     Batch take(const std::shared_ptr<Job>& job) const;
     void put_back(const Batch& batch, const std::vector<CopyStatus>& status);
     std::vector<uint64_t> arriving_loads() const;
-    bool is_loading() const;
+    Jobs::const_iterator first_load() const;  // the oldest one that has not ended
     void finish(const std::shared_ptr<Job>& job);
 
     std::vector<CopyStatus> copy(unsigned thread, const Batch& batch);
@@ -116,13 +119,14 @@ class CopyEngine {
     uint64_t shard_offset_;
     uint32_t checksum_;
 
-    std::mutex mutex_;  // guards everything below
+    mutable std::mutex mutex_;  // guards everything below
     std::condition_variable work_, idle_;
     // Jobs in the order of their coming. A request waits for its load, nobody waits for a store.
     std::deque<std::shared_ptr<Job>> loads_, stores_;
     Jobs jobs_;  // not finished yet
     std::vector<FinishedCopy> finished_;
     uint64_t last_number_ = 0;
+    uint64_t load_progress_ns_ = 0;  // when a batch of a load last ended
     bool closing_ = false;
     std::vector<std::thread> threads_;
 };
