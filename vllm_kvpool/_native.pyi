@@ -151,7 +151,7 @@ class PoolView:
 
     @staticmethod
     def open(path: str) -> PoolView:
-        """The file is unmapped when the view and all copy engines over it are gone."""
+        """The file is unmapped when the view is gone, and all copy engines over it are closed."""
     path: str
     pool_id: str
     epoch: int
@@ -232,7 +232,8 @@ class CopyEngine:
     def cancel(self, job: int) -> None:
         """Stop a job; returns when no thread touches its memory. Its unfinished blocks end as COPY_CANCELLED and
         the job is reported by the next `poll`."""
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop all jobs, unregister the pool (some seconds with a GPU and a large pool; GIL released) and let go of it."""
 
 COPY_OK: int
 COPY_STALE: int

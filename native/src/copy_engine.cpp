@@ -127,6 +127,7 @@ void CopyEngine::close() {
     std::lock_guard lock(mutex_);
     while (!jobs_.empty()) finish(std::shared_ptr<Job>(jobs_.begin()->second));
     backend_->close();
+    file_.reset();
 }
 
 void CopyEngine::finish(const std::shared_ptr<Job>& job) {

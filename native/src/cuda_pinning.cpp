@@ -47,6 +47,7 @@ void PoolPinning::close() {
         if (chunks_[chunk].registered.exchange(false)) Registrations::of_process().release(driver_, begin(chunk));
     }
     registered_bytes_ = 0;
+    file_.reset();
 }
 
 uint64_t PoolPinning::end_slab(size_t chunk) const {

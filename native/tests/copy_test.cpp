@@ -312,6 +312,7 @@ TEST(close_ends_jobs_and_reports_them) {
     std::vector<uint64_t> jobs;
     for (uint32_t i = 0; i < 3; ++i) jobs.push_back(loads.submit(i));
     loads.engine.close();
+    CHECK_EQ(loads.slots.file.use_count(), 1);
     loads.scribble();
     std::vector<FinishedCopy> finished = loads.engine.poll();
     CHECK_EQ(finished.size(), 3u);

@@ -116,6 +116,7 @@ TEST(close_gives_everything_back) {
         device.engine->close();
         CHECK_EQ(device.engine->backend().registered_bytes(), 0u);
         CHECK_EQ(cuda->registered(), registered);
+        CHECK_EQ(device.slots.file.use_count(), 1);
         device.engine->close();
         device.engine.reset();
         CHECK_EQ(cuda->alive(), alive);

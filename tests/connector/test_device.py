@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -84,6 +85,40 @@ class BrokenCopies:
 
     def close(self) -> None:
         self._engine.close()
+
+
+class SlowToClose:
+    """A copy engine whose end takes long, as that of a large pool with a GPU does."""
+
+    def __init__(self, engine: CopyEngine) -> None:
+        self._engine = engine
+        self.may_end = threading.Event()
+        self.ended = False
+
+    def poll(self) -> list[tuple[int, bytes, int]]:
+        return self._engine.poll()
+
+    def close(self) -> None:
+        self.may_end.wait(WAIT_S)
+        self._engine.close()
+        self.ended = True
+
+
+def test_no_step_waits_for_the_end_of_a_replaced_pool(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    engine.step()  # an empty one will do
+    side = engine.worker._worker
+    replaced = side._attached
+    replaced.engine = slow = SlowToClose(replaced.engine)
+    replaced.pool_id = "of the pool before"
+    assert engine.generate(PROMPT) == (expected_output(PROMPT), 0)
+    assert side._attached.pool_id != replaced.pool_id
+    assert not slow.ended
+    assert replaced._lock.held, "no slot may be touched without it"
+    slow.may_end.set()
+    side.close()
+    assert slow.ended
+    assert not replaced._lock.held
 
 
 def break_copies(engine: MiniEngine) -> None:

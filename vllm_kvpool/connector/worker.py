@@ -13,6 +13,7 @@ handed out before the load was found good to its end.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 import uuid
 from array import array
@@ -92,6 +93,7 @@ class _Attached:
         return bytes(known)
 
     def close(self) -> None:
+        """Takes a GPU's driver seconds, with a large pool."""
         self.engine.close()
         self._lock.close()
 
@@ -106,6 +108,7 @@ class WorkerSide:
         self._layout: KVLayout | None = None
         self._device = KVDevice(-1)
         self._attached: _Attached | None = None
+        self._closing: list[threading.Thread] = []
         self._next_try = 0.0
         self._stats = KVPoolStats()
         self._reports: dict[int, JobReport] = {}
@@ -214,6 +217,7 @@ class WorkerSide:
         return _Attached(view.pool_id, lock, engine, shard)
 
     def _detach(self) -> None:
+        """Nothing is copied from then on. The rest of the end is not for a step to wait for."""
         attached = self._attached
         if attached is None:
             return
@@ -223,7 +227,9 @@ class WorkerSide:
                 attached.engine.cancel(number)
             self._take_finished(attached)
         finally:
-            attached.close()
+            closing = threading.Thread(target=attached.close, name="kvpool-close")
+            closing.start()
+            self._closing = [*filter(threading.Thread.is_alive, self._closing), closing]
 
     def poll(self) -> None:
         """Note what has ended. When no part of any load has for as long as one may take, stop them all: a long one, or
@@ -310,3 +316,5 @@ class WorkerSide:
 
     def close(self) -> None:
         self._detach()
+        for closing in self._closing:
+            closing.join()

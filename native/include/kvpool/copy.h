@@ -71,7 +71,7 @@ class CopyEngine {
     // many wait for each other: what matters is whether they get on.
     uint64_t loads_stand_still_ns() const;
     void cancel(uint64_t job);
-    void close();  // cancels all and joins the threads; `poll` may follow
+    void close();  // cancels all, joins the threads and lets go of the pool; `poll` may follow
 
   private:
     struct Job {
