@@ -14,7 +14,7 @@
 
 #include "cuda_calibration.h"
 #include "cuda_fences.h"
-#include "cuda_pinning.h"
+#include "cuda_registration.h"
 #include "cuda_staging.h"
 #include "kvpool/copy.h"
 
@@ -50,7 +50,7 @@ class CudaBackend final : public CopyBackend {
     void close() override;
     std::string describe() const override;
     std::string error() const override;
-    uint64_t registered_bytes() const override { return pinning_.registered_bytes(); }
+    uint64_t registered_bytes() const override { return registration_.registered_bytes(); }
     CopyCosts costs() const override;
 
   private:
@@ -88,7 +88,7 @@ class CudaBackend final : public CopyBackend {
     CudaWay wanted_;
     FencePool fences_;
     std::array<std::unique_ptr<Lane>, kThreads> lanes_;
-    PoolPinning pinning_;
+    PoolRegistration registration_;
 
     // Written, like each lane's staging, before the first chunk is registered; read for registered ones only.
     std::unique_ptr<Gather> gather_;
@@ -112,7 +112,7 @@ CudaBackend::CudaBackend(std::shared_ptr<PoolFile> file, std::vector<Region> reg
       merged_(merge_regions(this->regions())),
       wanted_(options.way),
       fences_(driver_, context_),
-      pinning_(driver_, std::move(file)) {
+      registration_(driver_, std::move(file)) {
     try {
         open_lanes();
     } catch (const CudaError& error) {
@@ -145,7 +145,7 @@ void CudaBackend::close() {
     bool visiting = driver_.ctx_push_current.quietly(context_.get()) == kSuccess;
     for (auto& lane : lanes_) lane.reset();
     gather_.reset();
-    pinning_.close();
+    registration_.close();
     CUcontext popped;
     if (visiting) driver_.ctx_pop_current.quietly(&popped);
 }
@@ -255,7 +255,7 @@ CopyCosts CudaBackend::costs() const {
 
 bool CudaBackend::is_registered(const std::vector<BlockShard>& shards) const {
     return std::all_of(shards.begin(), shards.end(),
-                       [this](const BlockShard& shard) { return pinning_.covers(shard.bytes, payload_bytes()); });
+                       [this](const BlockShard& shard) { return registration_.covers(shard.bytes, payload_bytes()); });
 }
 
 void CudaBackend::prepare() {
@@ -292,18 +292,18 @@ void CudaBackend::open_staging() {
         if (ways_.of(direction_of(thread)) != CudaWay::kStaged) continue;
         if (gather_ == nullptr) gather_ = std::make_unique<Gather>(driver_, merged_);
         lanes_[thread]->staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes(),
-                                                            CopyEngine::shard_bytes(regions()), &pinning_);
+                                                            CopyEngine::shard_bytes(regions()), &registration_);
     }
 }
 
 void CudaBackend::register_pool() {
     std::unique_lock lock(mutex_);
-    while (!closing_ && !off_ && !pinning_.is_complete()) {
+    while (!closing_ && !off_ && !registration_.is_complete()) {
         lock.unlock();
         auto begun = std::chrono::steady_clock::now();
         bool registered = true;
         try {
-            registered = pinning_.register_next();
+            registered = registration_.register_next();
         } catch (const CudaError& error) {
             note(error);
             if (error.is_final()) off_ = true;

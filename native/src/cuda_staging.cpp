@@ -11,10 +11,10 @@ constexpr uint64_t kRunBytes = (8 << 20) + (64 << 10);
 }  // namespace
 
 Staging::Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
-                 const PoolPinning* pinning)
+                 const PoolRegistration* registration)
     : driver_(driver),
       gather_(gather),
-      pinning_(pinning),
+      registration_(registration),
       payload_bytes_(payload_bytes),
       stride_(stride),
       room_(std::max<uint64_t>(kStagingBytes / stride_, 1)),
@@ -51,9 +51,9 @@ std::vector<Run> Staging::runs(const std::vector<BlockShard>& blocks) const {
 
 // The gap between the two is the end of the first one's slot: nobody else's bytes.
 bool Staging::continues(const Run& run, const BlockShard& next) const {
-    if (pinning_ == nullptr || run.bytes + stride_ > kRunBytes) return false;
+    if (registration_ == nullptr || run.bytes + stride_ > kRunBytes) return false;
     bool follows = run.pool + run.bytes - payload_bytes_ + stride_ == next.bytes;
-    return follows && pinning_->covers(run.pool, run.bytes + stride_);
+    return follows && registration_->covers(run.pool, run.bytes + stride_);
 }
 
 }  // namespace kvpool::cuda

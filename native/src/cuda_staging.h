@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cuda_gather.h"
-#include "cuda_pinning.h"
+#include "cuda_registration.h"
 #include "cuda_runs.h"
 
 namespace kvpool::cuda {
@@ -21,10 +21,10 @@ inline constexpr uint64_t kStagingBytes = 32 << 20;  // one buffer for each of t
 
 class Staging {
   public:
-    // `stride`: `CopyEngine::shard_bytes`. `pinning`: what one copy may not reach beyond; null: copies of a block each.
-    // CudaError: no room for the buffer.
+    // `stride`: `CopyEngine::shard_bytes`. `registration`: what one copy may not reach beyond; null: copies of a block
+    // each. CudaError: no room for the buffer.
     Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
-            const PoolPinning* pinning);
+            const PoolRegistration* registration);
 
     // For registered memory. Calls for the same buffer are to use the same stream. Returns the number of copies.
     size_t enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
@@ -35,7 +35,7 @@ class Staging {
 
     const Driver& driver_;
     const Gather& gather_;
-    const PoolPinning* pinning_;
+    const PoolRegistration* registration_;
     uint64_t payload_bytes_, stride_;
     uint64_t room_;  // blocks
     DeviceMemory buffer_;

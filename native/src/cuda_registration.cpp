@@ -1,4 +1,4 @@
-#include "cuda_pinning.h"
+#include "cuda_registration.h"
 
 #include <algorithm>
 #include <map>
@@ -36,13 +36,13 @@ class Registrations {
 
 }  // namespace
 
-PoolPinning::PoolPinning(const Driver& driver, std::shared_ptr<PoolFile> file)
+PoolRegistration::PoolRegistration(const Driver& driver, std::shared_ptr<PoolFile> file)
     : driver_(driver),
       file_(std::move(file)),
       slabs_per_chunk_(std::max<uint64_t>(kChunkBytes / file_->geometry().slab_bytes, 1)),
       chunks_((file_->geometry().num_slabs + slabs_per_chunk_ - 1) / slabs_per_chunk_) {}
 
-void PoolPinning::close() {
+void PoolRegistration::close() {
     for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
         if (chunks_[chunk].registered.exchange(false)) Registrations::of_process().release(driver_, begin(chunk));
     }
@@ -50,26 +50,26 @@ void PoolPinning::close() {
     file_.reset();
 }
 
-uint64_t PoolPinning::end_slab(size_t chunk) const {
+uint64_t PoolRegistration::end_slab(size_t chunk) const {
     return std::min(first_slab(chunk + 1), file_->geometry().num_slabs);
 }
 
-uint8_t* PoolPinning::begin(size_t chunk) const {
+uint8_t* PoolRegistration::begin(size_t chunk) const {
     return file_->base() + file_->geometry().slab_at(first_slab(chunk));
 }
 
-uint64_t PoolPinning::bytes_of(size_t chunk) const {
+uint64_t PoolRegistration::bytes_of(size_t chunk) const {
     return (end_slab(chunk) - first_slab(chunk)) * file_->geometry().slab_bytes;
 }
 
-bool PoolPinning::exists(size_t chunk) const {
+bool PoolRegistration::exists(size_t chunk) const {
     for (uint64_t slab = first_slab(chunk); slab < end_slab(chunk); ++slab) {
         if (file_->slabs()[slab].populated.load(std::memory_order_acquire) == 0) return false;
     }
     return true;
 }
 
-bool PoolPinning::register_next() {
+bool PoolRegistration::register_next() {
     for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
         if (chunks_[chunk].tried || !exists(chunk)) continue;
         chunks_[chunk].tried = true;
@@ -81,11 +81,11 @@ bool PoolPinning::register_next() {
     return false;
 }
 
-bool PoolPinning::is_complete() const {
+bool PoolRegistration::is_complete() const {
     return std::all_of(chunks_.begin(), chunks_.end(), [](const Chunk& chunk) { return chunk.tried; });
 }
 
-bool PoolPinning::covers(const uint8_t* bytes, uint64_t count) const {
+bool PoolRegistration::covers(const uint8_t* bytes, uint64_t count) const {
     auto offset = static_cast<uint64_t>(bytes - begin(0));
     uint64_t chunk = offset / (slabs_per_chunk_ * file_->geometry().slab_bytes);
     if (bytes < begin(0) || chunk >= chunks_.size()) return false;

@@ -14,11 +14,11 @@
 
 namespace kvpool::cuda {
 
-class PoolPinning {
+class PoolRegistration {
   public:
-    PoolPinning(const Driver& driver, std::shared_ptr<PoolFile> file);
-    ~PoolPinning() { close(); }
-    PoolPinning(const PoolPinning&) = delete;
+    PoolRegistration(const Driver& driver, std::shared_ptr<PoolFile> file);
+    ~PoolRegistration() { close(); }
+    PoolRegistration(const PoolRegistration&) = delete;
 
     // One thread calls these, with the context current; the others are for all.
     bool register_next();  // false: nothing is due now. CudaError: that chunk stays as it is for good
