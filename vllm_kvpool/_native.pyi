@@ -202,12 +202,13 @@ class CopyEngine:
     shard_bytes: int
     """Bytes of one shard with its trailer, rounded up to 256."""
     backend: str
-    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores staged (few by the driver)"."""
+    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores staged (few by the driver)". It
+    changes: nothing is calibrated at first, memory is refused by and by, and a device may be switched off."""
     error: str
     """The last error of the device, "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After
     three failed copies in a row, or one error that ends the CUDA context, the device is not asked again."""
     registered_bytes: int
-    """Of the pool, known to the device by now. `backend` is final once there are any."""
+    """Of the pool, known to the device by now. How `backend` copies them is decided once there are any."""
     costs: dict[str, int]
     """Of a device's copies so far: batches (each is waited for once), copies (that the device was asked for), start_ns
     and wait_ns (processor time of asking, and of falling asleep and waking up). For benchmarks; gone after `close`."""
@@ -233,7 +234,7 @@ class CopyEngine:
         """Stop a job; returns when no thread touches its memory. Its unfinished blocks end as COPY_CANCELLED and
         the job is reported by the next `poll`."""
     def close(self) -> None:
-        """Stop all jobs, unregister the pool (some seconds with a GPU and a large pool; GIL released) and let go of it."""
+        """Stop all jobs, unregister the pool (with a GPU and a large pool: seconds, GIL released) and let go of it."""
 
 COPY_OK: int
 COPY_STALE: int
@@ -242,3 +243,5 @@ COPY_CHECKSUM: int
 COPY_CANCELLED: int
 COPY_FAILED: int
 """The device refused (see `CopyEngine.error`); for a load the bytes in KV memory are undefined."""
+COPY_UNMAPPED: int
+"""Of no engine: what a worker reports that could not map the pool."""

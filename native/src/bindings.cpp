@@ -451,6 +451,7 @@ void bind_copy(nb::module_& m) {
     m.attr("COPY_CHECKSUM") = static_cast<int>(CopyStatus::kChecksum);
     m.attr("COPY_CANCELLED") = static_cast<int>(CopyStatus::kCancelled);
     m.attr("COPY_FAILED") = static_cast<int>(CopyStatus::kFailed);
+    m.attr("COPY_UNMAPPED") = static_cast<int>(CopyStatus::kUnmapped);
 }
 
 }  // namespace

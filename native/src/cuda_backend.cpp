@@ -337,7 +337,10 @@ std::string CudaBackend::describe() const {
     if (off_) return text + ", switched off";
     if (!chosen_) return text + ", not calibrated yet";
     const char* few = ways_.store == CudaWay::kStaged && ways_.few_by_driver ? " (few by the driver)" : "";
-    return text + ", loads " + name(ways_.load) + ", stores " + name(ways_.store) + few;
+    text += std::string(", loads ") + name(ways_.load) + ", stores " + name(ways_.store) + few;
+    uint64_t refused = registration_.refused_bytes();
+    return refused == 0 ? text
+                        : text + ", slower for " + std::to_string(refused >> 20) + " MiB that are not registered";
 }
 
 }  // namespace

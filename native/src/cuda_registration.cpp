@@ -73,7 +73,12 @@ bool PoolRegistration::register_next() {
     for (size_t chunk = 0; chunk < chunks_.size(); ++chunk) {
         if (chunks_[chunk].tried || !exists(chunk)) continue;
         chunks_[chunk].tried = true;
-        Registrations::of_process().acquire(driver_, begin(chunk), bytes_of(chunk));
+        try {
+            Registrations::of_process().acquire(driver_, begin(chunk), bytes_of(chunk));
+        } catch (const CudaError&) {
+            refused_bytes_ += bytes_of(chunk);
+            throw;
+        }
         chunks_[chunk].registered.store(true, std::memory_order_release);
         registered_bytes_.fetch_add(bytes_of(chunk), std::memory_order_release);
         return true;

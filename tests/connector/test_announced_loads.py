@@ -31,6 +31,7 @@ class LateCopies:
     the last one first, so that the bytes of older ones come as late as they can. `orders`: as a GPU does, whose kernels
     find the bytes that they were ordered to come after, before anybody on the processor has waited for them."""
 
+    backend = "cuda, switched off"
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
     loads_stand_still_s = 0.0
 

@@ -13,7 +13,7 @@ from helpers import WAIT_S, Daemon, until
 
 from vllm_kvpool import _native
 from vllm_kvpool._native import COPY_FAILED, CopyEngine
-from vllm_kvpool.connector import link
+from vllm_kvpool.connector import link, worker
 from vllm_kvpool.connector.device import KVDevice
 from vllm_kvpool.connector.loads import STATUS_REASONS
 from vllm_kvpool.types import SlotRefs, num_refs
@@ -58,6 +58,7 @@ def test_engine_without_a_daemon_rests_soon(make_engine: MakeEngine, daemon: Dae
 class BrokenCopies:
     """A copy engine whose device refuses everything."""
 
+    backend = "cuda, switched off"
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
     loads_stand_still_s = 0.0
 
@@ -89,6 +90,8 @@ class BrokenCopies:
 
 class SlowToClose:
     """A copy engine whose end takes long, as that of a large pool with a GPU does."""
+
+    backend, error = "cpu", ""
 
     def __init__(self, engine: CopyEngine) -> None:
         self._engine = engine
@@ -138,7 +141,7 @@ def test_load_that_the_device_refuses_is_computed(
         engine.reset_prefix_cache()
         assert engine.generate(PROMPT)[0] == expected_output(PROMPT)
     assert engine.stats["load_failed_blocks:device"] == 2 * BLOCKS
-    assert caplog.text.count("copies failed: CUDA_ERROR_ILLEGAL_ADDRESS") == 1
+    assert caplog.text.count("the device refused: CUDA_ERROR_ILLEGAL_ADDRESS") == 1
     assert engine.free_blocks == 255
 
 
@@ -150,6 +153,50 @@ def test_store_that_the_device_refuses_is_skipped(make_engine: MakeEngine, daemo
     until(lambda: daemon.counter("writing") == 0)
     assert daemon.counter("ready") == 0
     assert engine.free_blocks == 255
+
+
+class ChangingDevice:
+    """A copy engine whose device is a GPU, as far as it tells."""
+
+    def __init__(self, engine: CopyEngine) -> None:
+        self._engine = engine
+        self.backend, self.error = "cuda Fake, not calibrated yet", ""
+
+    def poll(self) -> list[tuple[int, bytes, int]]:
+        return self._engine.poll()
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def test_what_becomes_of_a_device_is_logged_once_each(
+    make_engine: MakeEngine, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no copy fails: its memory was refused, and it is slower from then on."""
+    monkeypatch.setattr(worker, "LOOK_EVERY_S", 0.0)
+    engine = make_engine()
+    engine.step()
+    attached = engine.worker._worker._attached
+    attached.engine = device = ChangingDevice(attached.engine)
+    refused = "cuMemHostRegister_v2: CUDA_ERROR_OUT_OF_MEMORY"
+    slower = "cuda Fake, loads staged, slower for 64 MiB that are not registered"
+    changes = [
+        ("cuda Fake, not calibrated yet", ""),
+        ("cuda Fake, loads staged", ""),
+        (slower, refused),
+        ("cuda Fake, switched off", refused),
+    ]
+    for device.backend, device.error in changes:
+        for _ in range(3):
+            engine.step()
+    told = [record for record in caplog.records if "copies by" in record.message]
+    assert [(record.levelname, record.message) for record in told] == [
+        ("INFO", "KV pool: copies by cpu"),
+        ("INFO", "KV pool: copies by cuda Fake, not calibrated yet"),
+        ("INFO", "KV pool: copies by cuda Fake, loads staged"),
+        ("ERROR", f"KV pool: copies by {slower}; the device refused: {refused}"),
+        ("ERROR", f"KV pool: copies by cuda Fake, switched off; the device refused: {refused}"),
+    ]
 
 
 def test_memory_of_this_process_has_no_stream_to_wait_for() -> None:

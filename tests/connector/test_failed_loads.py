@@ -163,6 +163,8 @@ def test_slot_that_is_no_longer_the_block(loader: MiniEngine) -> None:
 class StuckCopies:
     """A copy engine whose first loads never end by themselves."""
 
+    backend, error = "cpu", ""
+
     def __init__(self, engine: CopyEngine) -> None:
         self._engine = engine
         self.loads_to_hold = 1_000
@@ -205,6 +207,8 @@ class StuckCopies:
 
 class CreepingCopies:
     """A copy engine whose load takes `batches`, one of which ends at each poll."""
+
+    backend, error = "cpu", ""
 
     def __init__(self, engine: CopyEngine, batches: int, batch_s: float) -> None:
         self._engine = engine
@@ -355,6 +359,7 @@ def test_pool_file_gone_before_a_worker_mapped_it(
     (daemon.paths.pool).unlink()
     late.run()
     assert late.outputs[request_id] == expected_output(PROMPT)
+    assert late.stats["load_failed_blocks:unmapped"] == BLOCKS
     assert late.free_blocks == 255
     assert view_of(late).leased_slots == 0
 

@@ -21,6 +21,7 @@ from vllm_kvpool._native import (
     COPY_CHECKSUM,
     COPY_FAILED,
     COPY_STALE,
+    COPY_UNMAPPED,
 )
 from vllm_kvpool.client import PoolClient
 from vllm_kvpool.config import ConnectorConfig
@@ -46,6 +47,7 @@ STATUS_REASONS = {
     COPY_CHECKSUM: "checksum",
     COPY_CANCELLED: "deadline",
     COPY_FAILED: "device",
+    COPY_UNMAPPED: "unmapped",
 }
 
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from vllm_kvpool._native import (
-    COPY_CANCELLED,
     COPY_FAILED,
     COPY_OK,
+    COPY_UNMAPPED,
     CopyEngine,
     PoolFormatError,
     PoolView,
@@ -57,6 +57,8 @@ RETRY_S = 1.0
 """Between attempts to map a pool that could not be mapped."""
 ARRIVAL_WAIT_MS = 1
 """Of an engine without other work, which would sleep for as long and ask again then."""
+LOOK_EVERY_S = 1.0
+"""At how the device copies by now, for the log."""
 SLOW_END_MS = 2_000
 """What has begun on a device ends by itself, also when the device is lost."""
 LOCK_WAIT_S = 1.0
@@ -74,13 +76,31 @@ class _Attached:
         """By the engine's number of the copy."""
         self.announced: set[int] = set()
         """Loads among them that vLLM takes for ended."""
-        self.told_error = ""
-        """Of the device, as the log has it already."""
         self._lock = lock
+        self._told = ("", "")
+        """How the device copies, and what it has refused, as the log has it already."""
+        self._next_look_s = 0.0
 
     def hold(self) -> bool:
         """Whether the engine's lock is held: no slot may be touched without it."""
         return self._lock.hold()
+
+    def look_now_and_then(self) -> None:
+        """Ways are chosen, memory is refused and devices are lost on the engine's own threads."""
+        if time.monotonic() >= self._next_look_s:
+            self.look()
+
+    def look(self) -> None:
+        """Log what is new of the device."""
+        self._next_look_s = time.monotonic() + LOOK_EVERY_S
+        backend, error = state = (self.engine.backend, self.engine.error)
+        if state == self._told:
+            return
+        self._told = state
+        if error:
+            logger.error("KV pool: copies by %s; the device refused: %s", backend, error)
+        else:
+            logger.info("KV pool: copies by %s", backend)
 
     def of_all_blocks(self, job: CopyJob, statuses: bytes) -> bytes:
         """`statuses`: of those that were copied here. About the rest of a store its other holders
@@ -164,13 +184,13 @@ class WorkerSide:
             self._failed_blocks.update(load.unleased_blocks)
             if attached is None or not load.refs:
                 self._loaded.add(load.request_id)
-                self._end(load, bytes([COPY_CANCELLED]) * num_refs(load.refs))
+                self._end(load, bytes([COPY_UNMAPPED]) * num_refs(load.refs))
                 continue
             number = attached.engine.submit_load(load.refs, load.blocks, stream)
             attached.running[number] = load
         for store in metadata.stores:
             if attached is None:
-                self._end(store, bytes([COPY_CANCELLED]) * num_refs(store.refs))
+                self._end(store, bytes([COPY_UNMAPPED]) * num_refs(store.refs))
                 continue
             self._start_store(attached, store, stream)
 
@@ -213,7 +233,7 @@ class WorkerSide:
         lock = ClientLock(Path(attachment.lock_path))
         if not lock.hold(LOCK_WAIT_S):
             raise OSError(f"cannot share the engine's lock file {attachment.lock_path}")
-        logger.info("KV pool: mapped %s, copies by %s", attachment.pool_path, engine.backend)
+        logger.info("KV pool: mapped %s", attachment.pool_path)
         return _Attached(view.pool_id, lock, engine, shard)
 
     def _detach(self) -> None:
@@ -235,7 +255,10 @@ class WorkerSide:
         """Note what has ended. When no part of any load has for as long as one may take, stop them all: a long one, or
         many at once, may take longer, as long as they get on."""
         attached = self._attached
-        if attached is None or not attached.running:
+        if attached is None:
+            return
+        attached.look_now_and_then()
+        if not attached.running:
             return
         if self._computes:
             self._wait_for_announced(attached)
@@ -267,9 +290,8 @@ class WorkerSide:
         """RuntimeError: bytes of an announced load were lost on the way, with the device or with a lease, and vLLM
         cannot be told any more."""
         for number, statuses, nanoseconds in attached.engine.poll():
-            if COPY_FAILED in statuses and attached.told_error != attached.engine.error:
-                attached.told_error = attached.engine.error
-                logger.error("KV pool: copies failed: %s", attached.told_error)
+            if COPY_FAILED in statuses:
+                attached.look()
             job = attached.running.pop(number)
             if number in attached.announced:
                 attached.announced.discard(number)

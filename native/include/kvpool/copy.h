@@ -25,7 +25,8 @@
 
 namespace kvpool {
 
-enum class CopyStatus : uint8_t { kOk = 0, kStale = 1, kChecksum = 2, kCancelled = 3, kFailed = 4 };
+// `kUnmapped` is for a worker's report of blocks for which it had no engine.
+enum class CopyStatus : uint8_t { kOk = 0, kStale = 1, kChecksum = 2, kCancelled = 3, kFailed = 4, kUnmapped = 5 };
 
 struct CopyBlock {
     SlotRef ref;
