@@ -230,18 +230,13 @@ def measure_all(args: argparse.Namespace, results: list[dict[str, Any]]) -> None
     shape = [(0, BLOCK_BYTES, BLOCK_BYTES)]
     folder = Path(tempfile.mkdtemp(prefix="kvpool-bench-", dir=args.shm_dir))
     try:
-        pool = BenchPool(folder, 2 * num_blocks, slot_bytes_of(shape))
+        pool = BenchPool(folder, 2 * num_blocks, CopyEngine.shard_bytes(shape))
         for fragment, checksum in rows:
             results.append(measure_fragment(pool, fragment, checksum, num_blocks, args))
             print(f"{results[-1]['fragment_bytes']:,} {checksum}: {results[-1]['backend']}")
             print_row(results[-1], {})
     finally:
         shutil.rmtree(folder)
-
-
-def slot_bytes_of(regions: list[tuple[int, int, int]]) -> int:
-    """The same for every fragment size: as `CopyEngine.shard_bytes`."""
-    return -(-(sum(nbytes for _, _, nbytes in regions) + 8) // 256) * 256
 
 
 def row_name(result: dict[str, Any]) -> str:

@@ -14,6 +14,8 @@ Errors: `PoolFormatError` (not a pool, other format version, size changed, corru
 said no: ENOSPC, EACCES ...), `ValueError` (an argument of the wrong shape).
 """
 
+from collections.abc import Sequence
+
 from typing_extensions import Buffer
 
 FORMAT_VERSION: int
@@ -161,8 +163,6 @@ class PoolView:
         heartbeat_ms, namespaces (digest, slot_bytes, description), clients, format_version."""
     def match_prefix(self, keys: Buffer, now_s: int) -> bytes:
         """Refs of the longest run of leading READY blocks."""
-    def valid(self, refs: Buffer) -> bytes:
-        """One byte a ref: 1 when that block is READY with that generation now."""
     def attach_client(self, client: int) -> None:
         """From now on leases are taken in this client's bitmap. Drops none: held leases must be 0."""
     def lease(self, refs: Buffer) -> bytes:
@@ -191,7 +191,7 @@ class CopyEngine:
     def __init__(
         self,
         view: PoolView,
-        regions: list[tuple[int, int, int]],
+        regions: Sequence[tuple[int, int, int]],
         shard_offset: int,
         checksum: int,
         threads: int = 2,
@@ -199,8 +199,9 @@ class CopyEngine:
         way: str = "",
     ) -> None:
         """OSError (ENODEV): no such CUDA device, or no driver. ValueError: no regions, or no such `way`."""
-    shard_bytes: int
-    """Bytes of one shard with its trailer, rounded up to 256."""
+    @staticmethod
+    def shard_bytes(regions: Sequence[tuple[int, int, int]]) -> int:
+        """Of one shard with its trailer, rounded up to 256."""
     backend: str
     """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores staged (few by the driver)". It
     changes: nothing is calibrated at first, memory is refused by and by, and a device may be switched off."""

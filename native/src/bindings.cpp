@@ -12,8 +12,8 @@
 #include "arrays.h"
 #include "kvpool/checksum.h"
 #include "kvpool/copy.h"
-#include "kvpool/leases.h"
 #include "kvpool/owner.h"
+#include "kvpool/view.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -113,83 +113,51 @@ struct Payload {
 };
 PyType_Slot payload_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(&Payload::get_buffer)}, {0, nullptr}};
 
-// A client's view: the mapping, and the leases once the daemon gave it a bitmap.
-struct PoolView {
-    std::shared_ptr<PoolFile> file;
-    IndexReader index;
-    std::unique_ptr<LeaseTable> leases;
+nb::bytes match_prefix(const PoolView& view, nb::handle keys_object, uint32_t now_s) {
+    Items keys(keys_object, kKeyBytes, "keys");
+    std::vector<uint64_t> refs(keys.size());
+    return pack_refs(refs, view.index().match_prefix(keys.data(), keys.size(), now_s, refs.data()));
+}
 
-    explicit PoolView(const std::string& path) : file(std::make_shared<PoolFile>(PoolFile::open(path))), index(*file) {}
+nb::bytes lease(PoolView& view, nb::handle refs) {
+    std::vector<bool> taken = view.lease(unpack_refs(refs));
+    std::string mask(taken.begin(), taken.end());
+    return nb::bytes(mask.data(), mask.size());
+}
 
-    nb::bytes match_prefix(nb::handle keys_object, uint32_t now_s) const {
-        Items keys(keys_object, kKeyBytes, "keys");
-        std::vector<uint64_t> refs(keys.size());
-        return pack_refs(refs, index.match_prefix(keys.data(), keys.size(), now_s, refs.data()));
-    }
-    nb::bytes valid(nb::handle refs_object) const {
-        std::string mask;
-        for (SlotRef ref : unpack_refs(refs_object)) {
-            bool known = !ref.none() && ref.slot < file->geometry().num_slots();
-            mask += known && file->slots()[ref.slot].word.load() == SlotWord::make(ref.generation, SlotState::kReady);
-        }
-        return nb::bytes(mask.data(), mask.size());
-    }
-    void attach_client(uint32_t client) {
-        if (leases != nullptr && leases->held() > 0) throw std::runtime_error("attach_client: leases are held");
-        if (client >= kMaxClients) throw std::invalid_argument("client: no such bitmap");
-        leases = std::make_unique<LeaseTable>(*file, client);
-    }
-    LeaseTable& table() const {
-        if (leases == nullptr) throw std::runtime_error("attach_client comes first");
-        return *leases;
-    }
-    nb::bytes lease(nb::handle refs_object) const {
-        std::string mask;
-        for (SlotRef ref : unpack_refs(refs_object)) mask += static_cast<char>(table().take(ref));
-        return nb::bytes(mask.data(), mask.size());
-    }
-    void release(nb::handle refs_object) const {
-        for (SlotRef ref : unpack_refs(refs_object)) table().release(ref);
-    }
-    nb::object payload(uint64_t packed) const {
-        SlotRef ref = SlotRef::unpack(packed);
-        bool exists = !ref.none() && ref.slot < file->geometry().num_slots();
-        if (!exists || SlotWord::generation(file->slots()[ref.slot].word.load()) != ref.generation) {
-            throw std::invalid_argument("ref: no such slot");
-        }
-        const SlabEntry& slab = file->slabs()[file->slab_of(ref.slot)];
-        if (ref.slot % file->geometry().slots_per_slab >= slab.num_slots.load()) {
-            throw std::invalid_argument("ref: its slab was cut anew");
-        }
-        Payload payload{file, file->payload(ref.slot), static_cast<Py_ssize_t>(slab.slot_bytes.load())};
-        return nb::steal(PyMemoryView_FromObject(nb::cast(std::move(payload)).ptr()));
-    }
-    nb::dict info() const {
-        const Geometry& g = file->geometry();
-        const FileHeader& header = file->header();
-        nb::list namespaces, clients;
-        for (uint32_t i = 0; i < kMaxNamespaces; ++i) {
-            if (file->namespaces()[i].active.load() != 0) namespaces.append(describe_namespace(*file, i));
-        }
-        uint32_t active = 0;
-        for (uint32_t i = 0; i < kMaxClients; ++i) active += file->clients()[i].active.load() != 0;
-        nb::dict d;
-        d["size"] = g.size;
-        d["slab_bytes"] = g.slab_bytes;
-        d["num_slabs"] = g.num_slabs;
-        d["min_slot_bytes"] = g.min_slot_bytes;
-        d["pool_id"] = pool_id_of(*file);
-        d["epoch"] = header.epoch.load();
-        d["pid"] = header.daemon_pid.load();
-        d["heartbeat_ms"] = header.heartbeat_ms.load();
-        d["format_version"] = header.format_version;
-        d["clients"] = active;
-        d["namespaces"] = namespaces;
-        return d;
-    }
-};
+nb::object payload(const PoolView& view, uint64_t ref) {
+    auto [data, size] = view.payload(SlotRef::unpack(ref));
+    Payload payload{view.file(), data, static_cast<Py_ssize_t>(size)};
+    return nb::steal(PyMemoryView_FromObject(nb::cast(std::move(payload)).ptr()));
+}
 
-std::vector<Region> make_regions(const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& tuples) {
+nb::dict describe_pool(const PoolFile& file) {
+    const Geometry& g = file.geometry();
+    const FileHeader& header = file.header();
+    nb::list namespaces;
+    for (uint32_t i = 0; i < kMaxNamespaces; ++i) {
+        if (file.namespaces()[i].active.load() != 0) namespaces.append(describe_namespace(file, i));
+    }
+    uint32_t clients = 0;
+    for (uint32_t i = 0; i < kMaxClients; ++i) clients += file.clients()[i].active.load() != 0;
+    nb::dict d;
+    d["size"] = g.size;
+    d["slab_bytes"] = g.slab_bytes;
+    d["num_slabs"] = g.num_slabs;
+    d["min_slot_bytes"] = g.min_slot_bytes;
+    d["pool_id"] = pool_id_of(file);
+    d["epoch"] = header.epoch.load();
+    d["pid"] = header.daemon_pid.load();
+    d["heartbeat_ms"] = header.heartbeat_ms.load();
+    d["format_version"] = header.format_version;
+    d["clients"] = clients;
+    d["namespaces"] = namespaces;
+    return d;
+}
+
+using RegionTuples = std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>;
+
+std::vector<Region> make_regions(const RegionTuples& tuples) {
     std::vector<Region> regions;
     for (auto [base, stride, bytes] : tuples) regions.push_back({reinterpret_cast<uint8_t*>(base), stride, bytes});
     return regions;
@@ -206,16 +174,17 @@ std::unique_ptr<CopyBackend> make_backend(const PoolView& view, std::vector<Regi
                                           int device, const std::string& way) {
     CudaWay cuda_way = parse_way(way);
     if (device < 0) return cpu_backend(std::move(regions), threads);
-    return cuda_backend(view.file, std::move(regions), {device, cuda_way});
+    return cuda_backend(view.file(), std::move(regions), {device, cuda_way});
 }
 
 // Keeps the mapping alive for as long as its threads may touch it.
 struct PyCopyEngine {
     CopyEngine engine;
 
-    PyCopyEngine(const PoolView& view, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>& regions,
-                 uint64_t shard_offset, uint32_t checksum, unsigned threads, int device, const std::string& way)
-        : engine(view.file, make_backend(view, make_regions(regions), threads, device, way), shard_offset, checksum) {}
+    PyCopyEngine(const PoolView& view, const RegionTuples& regions, uint64_t shard_offset, uint32_t checksum,
+                 unsigned threads, int device, const std::string& way)
+        : engine(view.file(), make_backend(view, make_regions(regions), threads, device, way), shard_offset, checksum) {
+    }
 
     uint64_t submit(Direction direction, nb::handle refs, nb::handle blocks, uint64_t stream) {
         return engine.submit(direction, unpack_blocks(refs, blocks), stream);
@@ -390,30 +359,28 @@ void bind_view(nb::module_& m) {
     nb::class_<PoolView>(m, "PoolView")
         .def_static(
             "open", [](const std::string& path) { return std::make_unique<PoolView>(path); }, "path"_a)
-        .def_prop_ro("path", [](PoolView& v) { return v.file->path(); })
-        .def_prop_ro("pool_id", [](PoolView& v) { return pool_id_of(*v.file); })
-        .def_prop_ro("epoch", [](PoolView& v) { return v.file->header().epoch.load(); })
-        .def_prop_ro("num_slots", [](PoolView& v) { return v.file->geometry().num_slots(); })
-        .def("info", &PoolView::info)
-        .def("match_prefix", &PoolView::match_prefix, "keys"_a, "now_s"_a)
-        .def("valid", &PoolView::valid, "refs"_a)
+        .def_prop_ro("path", [](PoolView& v) { return v.file()->path(); })
+        .def_prop_ro("pool_id", [](PoolView& v) { return pool_id_of(*v.file()); })
+        .def_prop_ro("epoch", [](PoolView& v) { return v.file()->header().epoch.load(); })
+        .def_prop_ro("num_slots", [](PoolView& v) { return v.file()->geometry().num_slots(); })
+        .def("info", [](PoolView& v) { return describe_pool(*v.file()); })
+        .def("match_prefix", &match_prefix, "keys"_a, "now_s"_a)
         .def("attach_client", &PoolView::attach_client, "client"_a)
-        .def("lease", &PoolView::lease, "refs"_a)
-        .def("release", &PoolView::release, "refs"_a)
-        .def_prop_ro("leased_slots", [](PoolView& v) { return v.leases == nullptr ? 0 : v.leases->held(); })
-        .def("payload", &PoolView::payload, "ref"_a)
-        .def("check_integrity", [](PoolView& v) {
-            if (v.leases != nullptr) v.leases->check_integrity();
-        });
+        .def("lease", &lease, "refs"_a)
+        .def(
+            "release", [](PoolView& v, nb::handle refs) { v.release(unpack_refs(refs)); }, "refs"_a)
+        .def_prop_ro("leased_slots", &PoolView::leased_slots)
+        .def("payload", &payload, "ref"_a)
+        .def("check_integrity", &PoolView::check_integrity);
 }
 
 void bind_copy(nb::module_& m) {
     nb::class_<PyCopyEngine>(m, "CopyEngine")
-        .def(nb::init<const PoolView&, const std::vector<std::tuple<uint64_t, uint64_t, uint64_t>>&, uint64_t, uint32_t,
-                      unsigned, int, const std::string&>(),
+        .def(nb::init<const PoolView&, const RegionTuples&, uint64_t, uint32_t, unsigned, int, const std::string&>(),
              "view"_a, "regions"_a, "shard_offset"_a, "checksum"_a, "threads"_a = 2, "device"_a = -1, "way"_a = "")
-        .def_prop_ro("shard_bytes",
-                     [](PyCopyEngine& c) { return CopyEngine::shard_bytes(c.engine.backend().regions()); })
+        .def_static(
+            "shard_bytes", [](const RegionTuples& regions) { return CopyEngine::shard_bytes(make_regions(regions)); },
+            "regions"_a)
         .def_prop_ro("backend", [](PyCopyEngine& c) { return c.engine.backend().describe(); })
         .def_prop_ro("error", [](PyCopyEngine& c) { return c.engine.backend().error(); })
         .def_prop_ro("registered_bytes", [](PyCopyEngine& c) { return c.engine.backend().registered_bytes(); })

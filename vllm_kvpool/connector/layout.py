@@ -24,10 +24,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_kvpool._native import CopyEngine
 from vllm_kvpool.connector.compat import manager_blocks
-
-SHARD_TRAILER_BYTES = 8
-SHARD_ALIGN_BYTES = 256
 
 
 class UnsupportedLayoutError(Exception):
@@ -48,9 +46,8 @@ class KVLayout:
 
     @property
     def shard_bytes(self) -> int:
-        """As `CopyEngine.shard_bytes`: the regions, a trailer, and padding."""
-        used = sum(region.nbytes for region in self.regions) + SHARD_TRAILER_BYTES
-        return -(-used // SHARD_ALIGN_BYTES) * SHARD_ALIGN_BYTES
+        """Of a block in the pool."""
+        return CopyEngine.shard_bytes(self.regions)
 
 
 def layer_layout(

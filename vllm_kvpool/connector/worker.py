@@ -226,10 +226,10 @@ class WorkerSide:
         view = PoolView.open(attachment.pool_path)
         if view.pool_id != attachment.pool_id:
             raise OSError("it was replaced by another pool")
-        regions = [(base, stride, nbytes) for base, stride, nbytes in self._layout.regions]
         shard = attachment.shards[self._name]
-        engine = CopyEngine(view, regions, shard.offset, self._checksum, device=self._device.index)
-        assert engine.shard_bytes == self._layout.shard_bytes
+        engine = CopyEngine(
+            view, self._layout.regions, shard.offset, self._checksum, device=self._device.index
+        )
         lock = ClientLock(Path(attachment.lock_path))
         if not lock.hold(LOCK_WAIT_S):
             raise OSError(f"cannot share the engine's lock file {attachment.lock_path}")
