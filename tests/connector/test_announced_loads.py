@@ -16,7 +16,8 @@ from connector.test_several_workers import damage, slot_bytes_of
 from helpers import Daemon, until
 
 from vllm_kvpool._native import COPY_FAILED, COPY_STALE, CopyEngine
-from vllm_kvpool.types import SlotRefs, num_refs
+from vllm_kvpool.connector.metadata import CopyJob, KVPoolMetadata
+from vllm_kvpool.types import NO_REFS, SlotRefs, num_refs
 
 MakeEngine = Callable[..., MiniEngine]
 PROMPT = prompt_of(1, 10 * BLOCK + 1)
@@ -176,6 +177,18 @@ def test_engine_with_other_work_is_not_held_up(loader: MiniEngine) -> None:
     for _ in range(4):
         loader.step()
     assert copies_of(loader).waits == 0
+    loader.run()
+    assert loader.outputs[request_id] == expected_output(PROMPT)
+
+
+def test_stores_come_after_loads_that_arrive(loader: MiniEngine) -> None:
+    """Also in a step that computes nothing."""
+    request_id = loader.add(PROMPT)
+    while not loader.worker._worker._attached.announced:
+        loader.step()
+    store = CopyJob(1_000, NO_REFS, b"")
+    loader.worker.handle_preemptions(KVPoolMetadata(stores=(store,), computes=False))
+    assert not copies_of(loader)._late
     loader.run()
     assert loader.outputs[request_id] == expected_output(PROMPT)
 

@@ -215,7 +215,6 @@ class CreepingCopies:
         self._batches = batches
         self._batch_s = batch_s
         self._load: tuple[SlotRefs, bytes] | None = None
-        self._progress_s = 0.0
         self.cancels = 0
 
     def submit_load(self, refs: SlotRefs, blocks: bytes, stream: int) -> int:
@@ -228,7 +227,6 @@ class CreepingCopies:
             return self._engine.poll()
         self._batches -= 1
         time.sleep(self._batch_s)
-        self._progress_s = time.monotonic()
         if self._batches > 0:
             return []
         number = self._engine.submit_load(*self._load)
@@ -242,7 +240,7 @@ class CreepingCopies:
 
     @property
     def loads_stand_still_s(self) -> float:
-        return 0.0 if self._load is None else time.monotonic() - self._progress_s
+        return 0.0 if self._load is None else self._batch_s
 
     def cancel(self, number: int) -> None:
         self.cancels += 1
@@ -273,8 +271,8 @@ def test_trap_10_load_past_its_deadline_is_stopped_then_reported(
 
 
 def test_load_that_gets_on_may_take_longer_than_the_deadline(loader: MiniEngine) -> None:
+    end_loads_soon(loader)
     attached = loader.worker._worker._attached
-    loader.worker._worker._deadline_s = 0.2
     attached.engine = creeping = CreepingCopies(attached.engine, batches=20, batch_s=0.03)
     assert loader.generate(PROMPT, 1) == (expected_output(PROMPT, 1), BLOCKS * BLOCK)
     assert creeping.cancels == 0
@@ -283,6 +281,7 @@ def test_load_that_gets_on_may_take_longer_than_the_deadline(loader: MiniEngine)
 def test_stores_that_end_do_not_save_a_load_that_is_stuck(
     loader: MiniEngine, stuck: StuckCopies
 ) -> None:
+    end_loads_soon(loader)
     request_id = loader.add(PROMPT)
     seeds = itertools.count(2)
     give_up = time.monotonic() + WAIT_S

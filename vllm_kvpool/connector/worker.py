@@ -5,7 +5,7 @@ always ends: one that gets nowhere for `load_deadline_ms` is stopped first and r
 vLLM may reuse its blocks as soon as it hears. Each job is reported once, by every worker, of all its blocks.
 
 vLLM takes some milliseconds from hearing of a load to computing with it. So an engine that has nothing else to do
-hears of one whose last bytes are on their way. What the next step computes or loads comes after them, whoever has got
+hears of one whose last bytes are on their way. What the next step computes or copies comes after them, whoever has got
 their blocks by then: a GPU is told so and its kernels are started meanwhile, a CPU waits. That step's tokens are not
 handed out before the load was found good to its end.
 """
@@ -164,10 +164,11 @@ class WorkerSide:
     # copies ---------------------------------------------------------------------------------------
 
     def before_forward(self, metadata: KVPoolMetadata) -> None:
-        """Blocks whose bytes are still on their way are neither computed with nor loaded into."""
+        """Blocks whose bytes are still on their way are neither computed with, nor loaded into, nor stored."""
         self._computes = metadata.computes
         attached = self._attached
-        if attached is None or not attached.announced or not (metadata.computes or metadata.loads):
+        uses_blocks = metadata.computes or metadata.loads or metadata.stores
+        if attached is None or not attached.announced or not uses_blocks:
             return
         # Where all of them have come nobody waits: the order would be after other loads, too.
         self._take_finished(attached)
