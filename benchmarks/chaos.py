@@ -195,30 +195,45 @@ class Hour:
         self._steps = [len(self._events) * step // SAMPLES for step in range(SAMPLES, 0, -1)]
         self._happened = 0
         self._still_until = 0.0
-        router_urls = (f"http://127.0.0.1:{router.port}/health", f"http://{router.admin}/health")
-        self._watched = [*((url, None) for url in router_urls), *((r.url, r) for r in replicas)]
+        self._replicas = replicas
 
     async def run(self) -> Report:
-        watches = [asyncio.create_task(self._watch(*one)) for one in self._watched]
+        watches = [asyncio.create_task(self._watch(replica)) for replica in self._replicas]
+        watches.append(asyncio.create_task(self._watch_router()))
         try:
             return await self._run()
         finally:
             for watch in watches:
                 watch.cancel()
 
-    async def _watch(self, url: str, replica: MockEngine | None) -> None:
+    async def _watch(self, replica: MockEngine) -> None:
         while True:
             begun, trouble = time.monotonic(), self._troubles.of(replica)
             await asyncio.sleep(TICK_S)
             with contextlib.suppress(OSError, HTTPException):  # whatever it says
-                await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=30).close())
+                await asyncio.to_thread(
+                    lambda: urllib.request.urlopen(replica.url, timeout=30).close()
+                )
             if trouble is not None and self._troubles.of(replica) == trouble:
-                self._time(begun, TICK_S)
+                self._time(begun + TICK_S)
 
-    def _time(self, begun: float, expected_s: float = 0.0) -> None:
-        """What should have taken no longer has ended."""
+    async def _watch_router(self) -> None:
+        """And ourselves. That it answers late is no excuse, only that its processes got no processor."""
+        waited: dict[int, float] = {}
+        while True:
+            begun = time.monotonic()
+            await asyncio.sleep(TICK_S)
+            self._time(begun + TICK_S)
+            pids = [self._router.pid, *self._router.workers()]
+            now = {pid: waited_for_processor_s(pid) for pid in pids}
+            longest = max(now[pid] - waited.get(pid, now[pid]) for pid in pids)
+            self._time(time.monotonic() - longest)
+            waited = now
+
+    def _time(self, begun: float) -> None:
+        """What began then, and ought to have ended at once, has ended now."""
         now = time.monotonic()
-        if now - begun - expected_s > STANDSTILL_S:
+        if now - begun > STANDSTILL_S:
             self.report.standstills += begun > self._still_until
             self._still_until = now
 
@@ -285,10 +300,8 @@ class Hour:
             last = Clients(self._router.port, seed=-1)
             client = Client(last, 0)
             for _ in range(AFTERWARDS):
-                begun = time.monotonic()
                 await client.visit("ask")
                 await client.close()
-                self._time(begun)
             self.report.afterwards = last.outcomes
 
     def _ask(self, path: str) -> str:
@@ -303,6 +316,14 @@ class Hour:
     def _sample(self) -> None:
         memory = {name: resident_kib(pid) for name, pid in self._processes.items()}
         self.report.memory_kib.append(memory)
+
+
+def waited_for_processor_s(pid: int) -> float:
+    """In all, by the thread with its event loop. 0: it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
 
 
 def resident_kib(pid: int) -> int:

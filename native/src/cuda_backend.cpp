@@ -338,9 +338,7 @@ std::string CudaBackend::describe() const {
     if (!chosen_) return text + ", not calibrated yet";
     const char* few = ways_.store == CudaWay::kStaged && ways_.few_by_driver ? " (few by the driver)" : "";
     text += std::string(", loads ") + name(ways_.load) + ", stores " + name(ways_.store) + few;
-    uint64_t refused = registration_.refused_bytes();
-    return refused == 0 ? text
-                        : text + ", slower for " + std::to_string(refused >> 20) + " MiB that are not registered";
+    return registration_.is_refused() ? text + ", slower where memory could not be registered" : text;
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ bool PoolRegistration::register_next() {
         try {
             Registrations::of_process().acquire(driver_, begin(chunk), bytes_of(chunk));
         } catch (const CudaError&) {
-            refused_bytes_ += bytes_of(chunk);
+            refused_ = true;
             throw;
         }
         chunks_[chunk].registered.store(true, std::memory_order_release);

@@ -27,7 +27,7 @@ class PoolRegistration {
 
     bool covers(const uint8_t* bytes, uint64_t count) const;  // all of it is registered
     uint64_t registered_bytes() const { return registered_bytes_.load(std::memory_order_acquire); }
-    uint64_t refused_bytes() const { return refused_bytes_.load(std::memory_order_relaxed); }
+    bool is_refused() const { return refused_.load(std::memory_order_relaxed); }  // for a part of it
 
   private:
     struct Chunk {
@@ -44,7 +44,8 @@ class PoolRegistration {
     std::shared_ptr<PoolFile> file_;
     uint64_t slabs_per_chunk_;
     std::vector<Chunk> chunks_;
-    std::atomic<uint64_t> registered_bytes_{0}, refused_bytes_{0};
+    std::atomic<uint64_t> registered_bytes_{0};
+    std::atomic<bool> refused_{false};
 };
 
 }  // namespace kvpool::cuda

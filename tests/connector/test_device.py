@@ -179,7 +179,7 @@ def test_what_becomes_of_a_device_is_logged_once_each(
     attached = engine.worker._worker._attached
     attached.engine = device = ChangingDevice(attached.engine)
     refused = "cuMemHostRegister_v2: CUDA_ERROR_OUT_OF_MEMORY"
-    slower = "cuda Fake, loads staged, slower for 64 MiB that are not registered"
+    slower = "cuda Fake, loads staged, slower where memory could not be registered"
     changes = [
         ("cuda Fake, not calibrated yet", ""),
         ("cuda Fake, loads staged", ""),

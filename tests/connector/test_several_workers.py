@@ -125,9 +125,7 @@ def test_rank_that_cannot_store_keeps_the_block_from_all(
     engine = make_mla_engine()
     engine.workers[1].connector._worker._next_try = math.inf  # to map the pool
     assert engine.generate(PROMPT) == (expected_output(PROMPT), 0)
-    times, rest = divmod(engine.stats["store_skipped_blocks:copy_failed"], 10)
-    assert times in (1, 2)  # perhaps offered once more at the end
-    assert rest == 0
+    assert engine.stats["store_skipped_blocks:copy_failed"] == 10
     assert daemon.counter("ready") == daemon.counter("writing") == 0
 
 

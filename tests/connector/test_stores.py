@@ -160,6 +160,27 @@ def test_blocks_that_could_not_be_copied_are_offered_again(
     check_pool(make_engine, [*prompt, *engine.outputs[request_id]], 17)
 
 
+def test_what_cannot_be_copied_for_long_is_offered_less_and_less_often(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time takes slots from others, and a copy of the ranks that can."""
+    monkeypatch.setattr(stores, "RETRY_S", 0.01)
+    engine = make_engine()
+    engine.worker._worker._next_try = math.inf  # to map the pool
+    asked: list[int] = []
+    client = engine.connector._scheduler._link.client
+    prepare_store = client.prepare_store
+    client.prepare_store = lambda keys, **options: (
+        asked.append(len(keys)),
+        prepare_store(keys, **options),
+    )[1]
+    engine.generate(prompt_of(19, 8 * BLOCK), 800)
+    assert (
+        2 <= len(asked) <= 16
+    )  # after 0.01, 0.02, 0.04... s: the 17th would come after ten minutes
+    assert engine.stats["store_skipped_blocks:ended"] > 0
+
+
 def test_no_daemon_means_no_pins(engine: MiniEngine, daemon: Daemon) -> None:
     engine.generate(prompt_of(8, 2 * BLOCK))
     engine.lose_patience()

@@ -232,9 +232,12 @@ class LoadPlanner:
                 self._finish(number, load, load.report.statuses)
 
     def _learn(self, load: _Load) -> None:
-        if not load.record.load_failed:
+        now_s = time.monotonic()
+        if load.record.load_failed:
+            self._tradeoff.failed(now_s)
+        else:
             num_tokens = num_refs(load.refs) * self._link.block_tokens
-            self._tradeoff.loaded(num_tokens, load.begun_s, time.monotonic())
+            self._tradeoff.loaded(num_tokens, load.begun_s, now_s)
 
     def _finish(self, number: int, load: _Load, statuses: bytes) -> None:
         if load.refs:
@@ -249,7 +252,7 @@ class LoadPlanner:
 
     @property
     def in_flight(self) -> bool:
-        """Whether slots are leased."""
+        """Whether workers have still to report."""
         return bool(self._loads)
 
     @property

@@ -41,6 +41,8 @@ class RequestRecord:
     """Blocks before it are in the pool, or were offered to it: stores go on from here."""
     store_after_s: float = 0.0
     """Nothing is offered before: the last offer got no slots for all of it."""
+    failed_copies: int = 0
+    """Of its stores, in a row."""
     alone: bool = False
     """When it was looked up, no other request was in the engine."""
     lookup: Lookup | None = None

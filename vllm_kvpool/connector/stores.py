@@ -41,9 +41,13 @@ MAX_PINNED_SHARE = 0.5
 """Of the KV cache: where that is small it is what a few steps full of prompts compute before the first of them are
 reported as stored, and requests that end meanwhile lose what was not pinned."""
 RETRY_S = 1.0
-"""Before blocks that got no slot are offered again."""
+"""Before blocks that got no slot are offered again. After copies that failed it doubles with each: what keeps them from
+succeeding may last, and they take others' room and the GPU's time."""
+MAX_RETRY_S = 64.0
 MAX_ASK_BLOCKS = 512
-"""In one request to the daemon: bounds the time spent in a scheduler step."""
+"""In one request to the daemon, of which a step has one for each request of the engine."""
+MAX_LAST_ASKS = 8
+"""When a request ends: bounds the time spent in that hook."""
 
 
 @dataclass(slots=True)
@@ -106,9 +110,10 @@ class StorePlanner:
             self._ask(record, end)
 
     def _offer_rest(self, record: RequestRecord, end: int) -> None:
-        self._skip_present(record, end)
-        while self._ask(record, end):
-            pass
+        if not record.failed_copies:
+            self._skip_present(record, end)
+            for _ in range(MAX_LAST_ASKS):
+                self._ask(record, end)
         if end > record.cursor:
             self._stats.count("store_skipped_blocks", end - record.cursor, reason="ended")
 
@@ -125,11 +130,11 @@ class StorePlanner:
         """Blocks that may be asked for in this step."""
         return 0 if self._refused else self._max_pinned - self._num_pinned
 
-    def _ask(self, record: RequestRecord, end: int) -> bool:
-        """For the next of the blocks before `end`; whether there were any."""
+    def _ask(self, record: RequestRecord, end: int) -> None:
+        """For the next of the blocks before `end`, if there are any."""
         end = min(end, record.cursor + min(self._room, MAX_ASK_BLOCKS))
         if end <= record.cursor:
-            return False
+            return
         keys = record.keys(self._link.mask)
         start = record.cursor * KEY_BYTES
         hints = record.hints
@@ -141,13 +146,12 @@ class StorePlanner:
         )
         if number is None:
             self._refused = True  # until the next step, which offers the same blocks again
-            return False
+            return
         places = range(record.cursor, end)
         store = _Store(record, places, record.block_ids[record.cursor : end], number)
         self._asked[number] = store
         self._pin(store.block_ids)
         record.cursor = end
-        return True
 
     # grants ---------------------------------------------------------------------------------------
 
@@ -166,7 +170,8 @@ class StorePlanner:
         """That block is not in the pool: what follows is worth nothing without it. Offer it again,
         when there has been time to come back or to make room."""
         record.cursor = min(record.cursor, place)
-        record.store_after_s = time.monotonic() + RETRY_S
+        pause_s = min(RETRY_S * 2**record.failed_copies, MAX_RETRY_S)
+        record.store_after_s = time.monotonic() + pause_s
 
     def _plan(self, store: _Store, refs: SlotRefs) -> None:
         assert num_refs(refs) == len(store.block_ids)
@@ -218,6 +223,9 @@ class StorePlanner:
             failed = pack_refs(ref for ref, status in pairs if status != COPY_OK)
             self._stats.count("store_skipped_blocks", num_refs(failed), reason="copy_failed")
             self._rewind(store.record, store.places[report.num_good])
+            store.record.failed_copies += 1
+        else:
+            store.record.failed_copies = 0
         if self._client.complete_store(store.grant_id, failed):
             self._stats.count("store_blocks", num_refs(store.refs) - num_refs(failed))
 

@@ -81,12 +81,17 @@ class Tradeoff:
     def __init__(self) -> None:
         self._loads = Line()
         self._computations = PrefillCurve()
-        self._last_load_s = float("-inf")
+        self._last_load_s = self._last_end_s = float("-inf")
 
     def loaded(self, tokens: int, begun_s: float, now_s: float) -> None:
         """One load has ended; they end in the order in which they begin."""
-        self._loads.add(tokens, now_s - max(begun_s, self._last_load_s))
+        self._loads.add(tokens, now_s - max(begun_s, self._last_end_s))
         self._last_load_s = now_s
+        self.failed(now_s)
+
+    def failed(self, now_s: float) -> None:
+        """A load has ended that tells nothing, but the next one has waited for it."""
+        self._last_end_s = now_s
 
     def computed(self, tokens: int, seconds: float) -> None:
         """So many, of whatever requests, in that time."""

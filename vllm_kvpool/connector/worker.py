@@ -237,8 +237,8 @@ class WorkerSide:
         logger.info("KV pool: mapped %s", attachment.pool_path)
         return _Attached(view.pool_id, lock, engine, shard)
 
-    def _detach(self) -> None:
-        """Nothing is copied from then on. The rest of the end is not for a step to wait for."""
+    def _detach(self, *, beside_steps: bool = True) -> None:
+        """Nothing is copied from then on. `beside_steps`: the rest of the end is not waited for."""
         attached = self._attached
         if attached is None:
             return
@@ -248,9 +248,15 @@ class WorkerSide:
                 attached.engine.cancel(number)
             self._take_finished(attached)
         finally:
-            closing = threading.Thread(target=attached.close, name="kvpool-close")
-            closing.start()
-            self._closing = [*filter(threading.Thread.is_alive, self._closing), closing]
+            if beside_steps:
+                self._close_beside_steps(attached)
+            else:
+                attached.close()
+
+    def _close_beside_steps(self, attached: _Attached) -> None:
+        closing = threading.Thread(target=attached.close, name="kvpool-close")
+        closing.start()
+        self._closing = [*filter(threading.Thread.is_alive, self._closing), closing]
 
     def poll(self) -> None:
         """Note what has ended. When no part of any load has for as long as one may take, stop them all: a long one, or
@@ -338,6 +344,8 @@ class WorkerSide:
         return self._stats.taken()
 
     def close(self) -> None:
-        self._detach()
-        for closing in self._closing:
-            closing.join()
+        try:
+            self._detach(beside_steps=False)
+        finally:
+            for closing in self._closing:
+                closing.join()
