@@ -83,6 +83,20 @@ void until(Done done) {
     CHECK(done());
 }
 
+// For backends of tests, which say what copying a block is.
+class BlockByBlock : public CopyBackend {
+  public:
+    using CopyBackend::CopyBackend;
+    size_t batch_blocks(size_t, size_t) const override { return 1; }
+    Fence fence(uint64_t) override { return nullptr; }
+    bool order_after_loads(uint64_t) override { return false; }
+    void close() override {}
+    std::string describe() const override { return "test"; }
+    std::string error() const override { return ""; }
+    uint64_t registered_bytes() const override { return 0; }
+    CopyCosts costs() const override { return {}; }
+};
+
 inline FinishedCopy wait(CopyEngine& engine) {
     while (true) {
         std::vector<FinishedCopy> finished = engine.poll();

@@ -11,11 +11,10 @@ namespace {
 
 constexpr uint64_t kMs = 1'000'000;
 
-// Copies a block at a time, on a thread for each direction; a load's only when the test lets one go.
-class SlowLoads final : public CopyBackend {
+// A thread for each direction; a load's only when the test lets one go.
+class SlowLoads final : public BlockByBlock {
   public:
-    explicit SlowLoads(std::vector<Region> regions) : CopyBackend(std::move(regions)) {}
-
+    using BlockByBlock::BlockByBlock;
     void let_go(int blocks) {
         std::lock_guard lock(mutex_);
         may_end_ += blocks;
@@ -26,9 +25,6 @@ class SlowLoads final : public CopyBackend {
     bool serves(unsigned thread, Direction direction) const override {
         return (thread == 0) == (direction == Direction::kLoad);
     }
-    size_t batch_blocks(size_t, size_t) const override { return 1; }
-    Fence fence(uint64_t) override { return nullptr; }
-    bool order_after_loads(uint64_t) override { return false; }
     bool copy(unsigned, Direction direction, const std::vector<BlockShard>&, const Fence&,
               const std::function<void()>&) override {
         if (direction == Direction::kStore) return true;
@@ -37,11 +33,6 @@ class SlowLoads final : public CopyBackend {
         --may_end_;
         return true;
     }
-    void close() override {}
-    std::string describe() const override { return "slow"; }
-    std::string error() const override { return ""; }
-    uint64_t registered_bytes() const override { return 0; }
-    CopyCosts costs() const override { return {}; }
 
   private:
     std::mutex mutex_;

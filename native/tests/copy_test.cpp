@@ -225,9 +225,9 @@ struct Loads {
 namespace {
 
 // One thread that copies nothing: it notes what it is given, and waits with the first block until `release`.
-class Held final : public CopyBackend {
+class Held final : public BlockByBlock {
   public:
-    using CopyBackend::CopyBackend;
+    using BlockByBlock::BlockByBlock;
     void wait_for_first() {
         std::unique_lock lock(mutex_);
         changed_.wait(lock, [&] { return !given_.empty(); });
@@ -244,9 +244,6 @@ class Held final : public CopyBackend {
 
     unsigned threads() const override { return 1; }
     bool serves(unsigned, Direction) const override { return true; }
-    size_t batch_blocks(size_t, size_t) const override { return 1; }
-    Fence fence(uint64_t) override { return nullptr; }
-    bool order_after_loads(uint64_t) override { return false; }
     bool copy(unsigned, Direction direction, const std::vector<BlockShard>&, const Fence&,
               const std::function<void()>& on_the_way) override {
         on_the_way();
@@ -256,11 +253,6 @@ class Held final : public CopyBackend {
         changed_.wait(lock, [&] { return released_; });
         return true;
     }
-    void close() override {}
-    std::string describe() const override { return "held"; }
-    std::string error() const override { return ""; }
-    uint64_t registered_bytes() const override { return 0; }
-    CopyCosts costs() const override { return {}; }
 
   private:
     std::mutex mutex_;
