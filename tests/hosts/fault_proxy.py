@@ -6,6 +6,7 @@ import contextlib
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Self
 
@@ -28,8 +29,12 @@ class FaultProxy:
         """From the server: one bit flips once so many bytes have passed, whenever that is set."""
         self.stall_after: int | None = None
         """From the server: nothing passes behind so many bytes."""
+        self.stall_each_after: int | None = None
+        """Likewise, but of each connection."""
         self.passed = 0
         """Bytes from the server."""
+        self._passed_over: Counter[int] = Counter()
+        """Of these, by connection."""
         self.hold_after: int | None = None
         """To the server: nothing passes behind so many bytes."""
         self.spoil_after: int | None = None
@@ -83,6 +88,7 @@ class FaultProxy:
                     time.sleep(self.delay_s)
                 with self._counting:
                     data = self._counted(data) if answers else self._counted_upwards(data)
+                    self._passed_over[number] += len(data) if answers else 0
                 while self._holds(answers, number) and not self._closing:
                     time.sleep(0.01)
                 sink.sendall(data)
@@ -96,7 +102,9 @@ class FaultProxy:
     def _holds(self, answers: bool, number: int) -> bool:
         # Each is read once: the test may change it meanwhile.
         stall_after, hold_after, most = self.stall_after, self.hold_after, self.most_connections
+        stall_each_after, passed_over = self.stall_each_after, self._passed_over[number]
         stalled = answers and stall_after is not None and self.passed > stall_after
+        stalled |= answers and stall_each_after is not None and passed_over > stall_each_after
         held = not answers and hold_after is not None and self.taken > hold_after
         beyond = most is not None and number not in self._up[:most]
         return self.dropping or stalled or held or beyond

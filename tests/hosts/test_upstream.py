@@ -58,7 +58,7 @@ def test_what_has_come_by_the_deadline_counts(proxied: tuple[Host, Host, FaultPr
     upstream, front, proxy = proxied
     keys = keys_of("chain", 400)
     store(upstream.client, keys)
-    proxy.stall_after = 5 << 20  # less than the first batch of each connection
+    proxy.stall_each_after = 3 << 20  # less than a batch
     pulled = front.pull(keys, within_ms=10_000)
     assert (pulled.reason, front.counter("pulls")) == ("deadline", 1)
     until(lambda: front.counter("writing") == 0, "the end of the pull")
