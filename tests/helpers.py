@@ -56,6 +56,18 @@ def namespace_of(name: str, slot_bytes: int = SLOT_BYTES) -> Namespace:
     return Namespace(digest=namespace_digest(fields), slot_bytes=slot_bytes, fields=fields)
 
 
+def tune(command: list[str], **limits: float) -> None:
+    """Change what starts a daemon, for it to have other limits of time: see tests/tuned_daemon.py, `.` written as
+    `__`."""
+    settings = [f"{name.replace('__', '.')}={value}" for name, value in limits.items()]
+    program = command.index("serve")
+    if command[program - 1] == "--":
+        command[program - 1 : program - 1] = settings
+    else:  # in place of "-m vllm_kvpool"
+        script = str(Path(__file__).with_name("tuned_daemon.py"))
+        command[program - 2 : program] = [script, *settings, "--"]
+
+
 class Daemon:
     """A `vllm-kvpool serve` process of its own pool."""
 
@@ -71,14 +83,8 @@ class Daemon:
         self.error_file = shm_dir / f"{name}.err"
 
     def tuned(self, **limits: float) -> Self:
-        """With other limits of time than the package's own: see tests/tuned_daemon.py, `.` written as `__`."""
-        settings = [f"{name.replace('__', '.')}={value}" for name, value in limits.items()]
-        program = self.command.index("serve")
-        if self.command[program - 1] == "--":
-            self.command[program - 1 : program - 1] = settings
-        else:  # in place of "-m vllm_kvpool"
-            script = str(Path(__file__).with_name("tuned_daemon.py"))
-            self.command[program - 2 : program] = [script, *settings, "--"]
+        """With other limits of time than the package's own."""
+        tune(self.command, **limits)
         return self
 
     def start(self) -> Self:

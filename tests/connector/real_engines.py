@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from helpers import until
+from helpers import tune, until
 
 from benchmarks.processes import Engine, PoolDaemon
 from vllm_kvpool.connector import compat
@@ -100,9 +100,7 @@ def change_config(engine: Engine, **changes: Any) -> None:
 
 def patient(daemon: PoolDaemon) -> PoolDaemon:
     """What its directory takes long for is no reason to do without."""
-    program = daemon.command.index("-m")
-    limits = ("pulls.LOOK_UP_MS=10000", "redis_url.TIMEOUT_S=10")
-    daemon.command[program : program + 2] = [str(TESTS / "tuned_daemon.py"), *limits, "--"]
+    tune(daemon.command, pulls__LOOK_UP_MS=10_000, redis_url__TIMEOUT_S=10)
     return daemon
 
 

@@ -87,8 +87,7 @@ class FaultProxy:
                 if answers:
                     time.sleep(self.delay_s)
                 with self._counting:
-                    data = self._counted(data) if answers else self._counted_upwards(data)
-                    self._passed_over[number] += len(data) if answers else 0
+                    data = self._counted(data, number) if answers else self._counted_upwards(data)
                 while self._holds(answers, number) and not self._closing:
                     time.sleep(0.01)
                 sink.sendall(data)
@@ -109,8 +108,9 @@ class FaultProxy:
         beyond = most is not None and number not in self._up[:most]
         return self.dropping or stalled or held or beyond
 
-    def _counted(self, data: bytes) -> bytes:
+    def _counted(self, data: bytes, number: int) -> bytes:
         before, self.passed = self.passed, self.passed + len(data)
+        self._passed_over[number] += len(data)
         if self.corrupt_after is None or self.passed <= self.corrupt_after:
             return data
         place, self.corrupt_after = max(0, self.corrupt_after - before), None

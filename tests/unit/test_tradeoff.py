@@ -152,7 +152,7 @@ def test_a_load_that_waited_for_one_that_failed_is_not_slow() -> None:
     tradeoff = taught(load_s=0.01, compute_s=0.1)
     for i in range(16):
         begun_s = 101.0 + i
-        tradeoff.failed(begun_s + 0.5)
+        tradeoff.ended(begun_s + 0.5)
         tradeoff.loaded(1_000, begun_s, begun_s + 0.51)
     assert tradeoff.load_s(1_000, 117.0) == pytest.approx(0.01)
 

@@ -234,7 +234,7 @@ class LoadPlanner:
     def _learn(self, load: _Load) -> None:
         now_s = time.monotonic()
         if load.record.load_failed:
-            self._tradeoff.failed(now_s)
+            self._tradeoff.ended(now_s)
         else:
             num_tokens = num_refs(load.refs) * self._link.block_tokens
             self._tradeoff.loaded(num_tokens, load.begun_s, now_s)

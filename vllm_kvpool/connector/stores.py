@@ -186,9 +186,9 @@ class StorePlanner:
         self._planned.append(CopyJob(number, granted, array("I", store.block_ids).tobytes()))
 
     def _drop_not_granted(self, store: _Store, refs: Sequence[int]) -> None:
-        pairs = list(zip(refs, store.block_ids, strict=True))
-        self._give_up([block for ref, block in pairs if ref == NO_REF], "not_granted")
         granted = [i for i, ref in enumerate(refs) if ref != NO_REF]
+        left = [block for ref, block in zip(refs, store.block_ids, strict=True) if ref == NO_REF]
+        self._give_up(left, "not_granted")
         if refs[-1] == NO_REF:  # no room for the rest, or another engine is storing it
             self._rewind(store.record, store.places[granted[-1] + 1 if granted else 0])
         store.block_ids = [store.block_ids[i] for i in granted]

@@ -7,9 +7,8 @@ loads: many of them at once would look slow one by one, while the link still car
 computes them. A load is a straight line over the number of tokens, fitted to the last ones; computation is a curve
 (`prefill_time.py`). A request alone in its engine saves what its whole prompt takes less what the rest of it takes
 anyway, which is nothing where a step takes as long for both. Beside other requests every token counts, as many share a
-step.
-Until both are known, and again when no load was seen for a while, the answer is to load. What computing takes is known
-without that.
+step. Until both are known, and again when no load was seen for a while, the answer is to load; what computing takes is
+known without that.
 
 Pure: no clock, no engine.
 """
@@ -84,13 +83,13 @@ class Tradeoff:
         self._last_load_s = self._last_end_s = float("-inf")
 
     def loaded(self, tokens: int, begun_s: float, now_s: float) -> None:
-        """One load has ended; they end in the order in which they begin."""
+        """One load is done; they end in the order in which they begin."""
         self._loads.add(tokens, now_s - max(begun_s, self._last_end_s))
         self._last_load_s = now_s
-        self.failed(now_s)
+        self.ended(now_s)
 
-    def failed(self, now_s: float) -> None:
-        """A load has ended that tells nothing, but the next one has waited for it."""
+    def ended(self, now_s: float) -> None:
+        """Some load has, also one that failed and tells nothing itself: the next one has waited for it."""
         self._last_end_s = now_s
 
     def computed(self, tokens: int, seconds: float) -> None:
