@@ -33,8 +33,9 @@ CONNECTORS = {
     "trace": ("TracedKVPoolConnector", "benchmarks.traced_connector"),
 }
 """What needs another connector than ours as it is; it finds the value in KVPOOL_WAY, ..."""
-PEERS = ("offloading", "simple", "simple-lazy", "lmcache", "lmcache-mp")
-"""`simple-lazy` stores what VRAM is about to drop, `simple` what is computed, as `kvpool` does."""
+PEERS = ("offloading", "offloading-all", "simple", "simple-lazy", "lmcache", "lmcache-mp")
+"""`simple-lazy` stores what VRAM is about to drop, `simple` what is computed, as `kvpool` does. `offloading` stores
+prompts only, its default, `offloading-all` what is generated, too."""
 PROGRESS_S = 15.0
 LMCACHE_SERVER = (
     "import sys; from lmcache.cli.main import main; "
@@ -99,8 +100,9 @@ def peer_arm(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Arm]
     """With its server running, if it has one."""
     num_bytes = parse_size("pool-size", args.pool_size, 0)
     memory, gib = {"cpu_bytes_to_use": num_bytes}, num_bytes >> 30
-    if name == "offloading":
-        yield Arm(name, transfer_of("OffloadingConnector", memory))
+    if name in ("offloading", "offloading-all"):
+        only = {"offload_prompt_only": name == "offloading"}
+        yield Arm(name, transfer_of("OffloadingConnector", memory | only))
     elif name in ("simple", "simple-lazy"):
         lazy = {"lazy_offload": name == "simple-lazy"}
         yield Arm(name, transfer_of("SimpleCPUOffloadConnector", memory | lazy))
