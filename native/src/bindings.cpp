@@ -116,7 +116,7 @@ std::vector<Region> make_regions(const RegionTuples& tuples) {
 }
 
 CudaWay parse_way(const std::string& way) {
-    if (way.empty()) return CudaWay::kCalibrated;
+    if (way.empty()) return CudaWay::kBest;
     if (way == "driver") return CudaWay::kDriver;
     if (way == "staged") return CudaWay::kStaged;
     throw std::invalid_argument("way: \"driver\", \"staged\" or nothing");

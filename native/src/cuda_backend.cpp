@@ -14,6 +14,7 @@
 
 #include "cuda_calibration.h"
 #include "cuda_fences.h"
+#include "cuda_pitched.h"
 #include "cuda_registration.h"
 #include "cuda_staging.h"
 #include "kvpool/copy.h"
@@ -70,7 +71,6 @@ class CudaBackend final : public CopyBackend {
               const std::function<void()>& on_the_way);
     size_t enqueue(Lane& lane, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence) const;
     bool is_registered(const std::vector<BlockShard>& shards) const;
-    bool is_staged(const Lane& lane, Direction direction, size_t blocks) const;
 
     // On a thread of its own: the engine need not wait for any of it.
     void prepare();
@@ -85,6 +85,7 @@ class CudaBackend final : public CopyBackend {
     const Driver& driver_;
     Context context_;
     std::vector<Region> merged_;
+    std::vector<Plane> planes_;
     CudaWay wanted_;
     FencePool fences_;
     std::array<std::unique_ptr<Lane>, kThreads> lanes_;
@@ -110,6 +111,7 @@ CudaBackend::CudaBackend(std::shared_ptr<PoolFile> file, std::vector<Region> reg
       driver_(Driver::load(options.library)),
       context_(driver_, options.device),
       merged_(merge_regions(this->regions())),
+      planes_(planes_of(merged_)),
       wanted_(options.way),
       fences_(driver_, context_),
       registration_(driver_, std::move(file)) {
@@ -213,7 +215,8 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
     bool registered = is_registered(shards);
     if (registered) {
         driver_.stream_wait_event(stream, fenced, 0);
-        if (is_staged(lane, direction, shards.size())) return lane.staging->enqueue(direction, shards, stream);
+        if (lane.staging != nullptr) return lane.staging->enqueue(direction, shards, stream);
+        if (ways_.of(direction) == CudaWay::kPitched) return cuda::enqueue(driver_, direction, planes_, shards, stream);
     }
     std::vector<Run> runs = runs_of(merged_, shards);
     if (registered) {
@@ -223,11 +226,6 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
         enqueue_each(driver_, direction, runs, stream);
     }
     return runs.size();
-}
-
-bool CudaBackend::is_staged(const Lane& lane, Direction direction, size_t blocks) const {
-    bool few = direction == Direction::kStore && blocks * payload_bytes() <= kStagingBytes;
-    return lane.staging != nullptr && !(few && ways_.few_by_driver);
 }
 
 // As few batches as can be, each of which is waited for, but the same number for each thread: while one waits, the
@@ -281,9 +279,12 @@ void CudaBackend::choose_ways() {
 }
 
 Ways CudaBackend::best_ways() const {
-    if (wanted_ == CudaWay::kDriver || !Gather::fits(merged_)) return {};
-    if (wanted_ == CudaWay::kStaged) return {wanted_, wanted_};
-    if (merged_.size() == 1) return {};  // one run a block already
+    if (wanted_ == CudaWay::kDriver) return {};
+    bool staged = wanted_ == CudaWay::kStaged;
+    if (merged_.size() == 1 && !staged) return {};  // one run a block already
+    if (suits_pitched(planes_) && !staged) return {CudaWay::kPitched, CudaWay::kPitched};
+    if (!Gather::fits(merged_)) return {};
+    if (staged) return {wanted_, wanted_};
     return calibrate(driver_, context_.device_name(), merged_);
 }
 
@@ -332,12 +333,14 @@ std::string CudaBackend::error() const {
 }
 
 std::string CudaBackend::describe() const {
-    auto name = [](CudaWay way) { return way == CudaWay::kStaged ? "staged" : "by the driver"; };
+    auto name = [](CudaWay way) {
+        if (way == CudaWay::kPitched) return "pitched";
+        return way == CudaWay::kStaged ? "staged" : "by the driver";
+    };
     std::string text = "cuda " + context_.device_name();
     if (off_) return text + ", switched off";
     if (!chosen_) return text + ", not calibrated yet";
-    const char* few = ways_.store == CudaWay::kStaged && ways_.few_by_driver ? " (few by the driver)" : "";
-    text += std::string(", loads ") + name(ways_.load) + ", stores " + name(ways_.store) + few;
+    text += std::string(", loads ") + name(ways_.load) + ", stores " + name(ways_.store);
     return registration_.is_refused() ? text + ", slower where memory could not be registered" : text;
 }
 

@@ -20,8 +20,6 @@ constexpr int kRounds = 3;
 // asking for the copies costs this process little: half of the 1 ms of processor time that a GiB may cost in all.
 constexpr double kNearlyAsFast = 1.05;
 constexpr double kCpuSecondsPerByte = 0.5e-3 / (1 << 30);
-// Nobody waits for a few blocks that are stored.
-constexpr double kFastEnoughForFew = 2;
 
 struct Cost {
     double seconds = 1e9;
@@ -91,10 +89,10 @@ struct Trial {
     Cost direct, staged;
     uint64_t bytes;
 
-    bool direct_is_as_fast(double times) const { return direct.seconds <= staged.seconds * times; }
     CudaWay better() const {
         bool cheap = direct.cpu_seconds <= kCpuSecondsPerByte * static_cast<double>(bytes);
-        return cheap && direct_is_as_fast(kNearlyAsFast) ? CudaWay::kDriver : CudaWay::kStaged;
+        bool fast = direct.seconds <= staged.seconds * kNearlyAsFast;
+        return cheap && fast ? CudaWay::kDriver : CudaWay::kStaged;
     }
 };
 
@@ -110,8 +108,7 @@ Ways try_out(const Driver& driver, const std::vector<Region>& merged) {
         Cost staged = measure(driver, stream, [&](CUstream s) { staging.enqueue(direction, scratch.blocks, s); });
         return Trial{direct, staged, scratch.blocks.size() * scratch.block_bytes};
     };
-    Trial load = trial(Direction::kLoad), store = trial(Direction::kStore);
-    return {load.better(), store.better(), store.direct_is_as_fast(kFastEnoughForFew)};
+    return {trial(Direction::kLoad).better(), trial(Direction::kStore).better()};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Tries both ways of copying on memory of its own and picks one for each direction.
+// Tries the driver's and the staged way of copying on memory of its own and picks one for each direction.
 #pragma once
 
 #include <string>
@@ -12,9 +12,6 @@ namespace kvpool::cuda {
 struct Ways {
     CudaWay load = CudaWay::kDriver;
     CudaWay store = CudaWay::kDriver;
-    // Stores of a few blocks go by the driver, where `store` is staged: each step of decoding has some, and the driver
-    // takes none of the device's processors away from it.
-    bool few_by_driver = false;
     CudaWay of(Direction direction) const { return direction == Direction::kLoad ? load : store; }
 };
 

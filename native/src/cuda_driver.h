@@ -23,6 +23,19 @@ using CUfunction = struct CUfunc_st*;
 struct CUmemLocation {
     int type, id;
 };
+// CUDA_MEMCPY2D: an end of the copy, and the whole of it.
+struct CUmemcpy2DEnd {
+    size_t x, y;
+    int memory_type;
+    void* host;
+    CUdeviceptr device;
+    void* array;
+    size_t pitch;
+};
+struct CUmemcpy2D {
+    CUmemcpy2DEnd from, to;
+    size_t width, height;
+};
 struct CUmemcpyAttributes {
     int src_access_order;
     CUmemLocation src_hint, dst_hint;
@@ -33,6 +46,7 @@ inline constexpr CUresult kSuccess = 0;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventBlockingSync = 1, kEventDisableTiming = 2;
 inline constexpr unsigned kHostPortable = 1;
+inline constexpr int kMemoryHost = 1, kMemoryDevice = 2;
 inline constexpr int kCaptureModeRelaxed = 2;
 inline constexpr int kSrcAccessOrderStream = 1;
 
@@ -65,6 +79,7 @@ inline constexpr int kSrcAccessOrderStream = 1;
     X(mem_host_unregister, cuMemHostUnregister, (void*))                                     \
     X(memcpy_htod_async, cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, size_t, CUstream)) \
     X(memcpy_dtoh_async, cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, size_t, CUstream))       \
+    X(memcpy_2d_async, cuMemcpy2DAsync_v2, (const CUmemcpy2D*, CUstream))                    \
     X(module_load_data, cuModuleLoadData, (CUmodule*, const void*))                          \
     X(module_unload, cuModuleUnload, (CUmodule))                                             \
     X(module_get_function, cuModuleGetFunction, (CUfunction*, CUmodule, const char*))        \

@@ -5,7 +5,7 @@ using namespace kvpool;
 
 TEST(both_ways_move_the_right_bytes_with_drivers_of_any_age) {
     for (const std::string& library : {kOld, k12, k13}) {
-        for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged, CudaWay::kCalibrated}) {
+        for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged, CudaWay::kBest}) {
             Device device(way, library);
             uint64_t launches = device.cuda->calls("cuLaunchKernel"), single = device.cuda->calls("cuMemcpyDtoHAsync");
             device.round_trip();
@@ -17,16 +17,59 @@ TEST(both_ways_move_the_right_bytes_with_drivers_of_any_age) {
     }
 }
 
-TEST(a_few_blocks_are_stored_by_the_driver) {
-    Device device(CudaWay::kCalibrated);  // where asking for a copy costs as much as making it
-    CHECK_EQ(device.engine->backend().describe(), "cuda Fake, loads staged, stores staged (few by the driver)");
-    uint64_t launches = device.cuda->calls("cuLaunchKernel");
-    CHECK(all(device.store(), CopyStatus::kOk));
-    CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches);
-    device.slots.set_all(SlotState::kReady);
-    CHECK(all(device.load(), CopyStatus::kOk));
-    CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches + 1);
-    for (uint32_t i = 0; i < 8; ++i) CHECK(device.memory.block(10 + i) == device.memory.block(i));
+// Three layers of a K and a V tensor each, for 20 blocks: K and V `value` bytes apart, layers `layer` bytes.
+struct Layers {
+    static constexpr uint64_t kLayers = 3, kWidth = 8192, kBlocks = 20;
+    Bytes memory;
+    std::vector<Region> regions;
+
+    Layers(uint64_t value, uint64_t layer) : memory(kLayers * layer + kBlocks * kWidth) {
+        for (size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<uint8_t>(i * 7 + i / 256);
+        for (uint64_t l = 0; l < kLayers; ++l) {
+            for (uint64_t at : {l * layer, l * layer + value}) regions.push_back({&memory[at], kWidth, kWidth});
+        }
+    }
+    Bytes block(uint32_t number) const {
+        Bytes all;
+        for (const Region& region : regions) {
+            const uint8_t* from = region.base + number * kWidth;
+            all.insert(all.end(), from, from + kWidth);
+        }
+        return all;
+    }
+    // The copies that a store and a load of eight blocks took, each of them; 0: not the pitched way.
+    uint64_t round_trip() {
+        Slots slots(8);
+        populate(*slots.file);
+        FakeCuda* cuda = fake(k13);
+        CopyEngine engine(slots.file, cuda_backend(slots.file, regions, {0, CudaWay::kBest, k13}), 256, 1);
+        until([&] { return engine.backend().registered_bytes() > 0; });
+        uint64_t before = cuda->calls("cuMemcpy2DAsync");
+        CHECK(all(run(engine, Direction::kStore, slots.blocks()), CopyStatus::kOk));
+        uint64_t stored = cuda->calls("cuMemcpy2DAsync") - before;
+        for (uint32_t i = 0; i < 8; ++i) {
+            Bytes bytes = block(i);
+            CHECK(std::equal(bytes.begin(), bytes.end(), slots.file->payload(i) + 256));
+        }
+        slots.set_all(SlotState::kReady);
+        CHECK(all(run(engine, Direction::kLoad, slots.blocks(10)), CopyStatus::kOk));
+        for (uint32_t i = 0; i < 8; ++i) CHECK(block(10 + i) == block(i));
+        CHECK_EQ(cuda->calls("cuMemcpy2DAsync") - before, 2 * stored);
+        CHECK_EQ(stored > 0, engine.backend().describe() == "cuda Fake, loads pitched, stores pitched");
+        return stored;
+    }
+};
+
+TEST(fragments_equally_far_apart_are_one_copy) {
+    constexpr uint64_t kTensor = Layers::kBlocks * Layers::kWidth;
+    CHECK_EQ(Layers(kTensor, 2 * kTensor).round_trip(), 8u);          // all of them
+    CHECK_EQ(Layers(kTensor, 2 * kTensor + 4096).round_trip(), 16u);  // K and V apart
+    Layers uneven(kTensor, 2 * kTensor + 4096);
+    std::swap(uneven.regions[2], uneven.regions[4]);
+    CHECK_EQ(uneven.round_trip(), 0u);
+    Layers descending(kTensor, 2 * kTensor);
+    std::reverse(descending.regions.begin(), descending.regions.end());
+    CHECK_EQ(descending.round_trip(), 0u);
 }
 
 TEST(nothing_is_written_beside_the_blocks) {

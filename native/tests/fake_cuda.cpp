@@ -94,6 +94,12 @@ CUresult wait_for(CUevent event) {
     return kSuccess;
 }
 
+// Where the line `y` of one end of a two-dimensional copy is.
+CUdeviceptr line_of(const CUmemcpy2DEnd& end, size_t y) {
+    CUdeviceptr base = end.memory_type == kMemoryHost ? reinterpret_cast<CUdeviceptr>(end.host) : end.device;
+    return base + (end.y + y) * end.pitch + end.x;
+}
+
 CUresult gather(bool load, unsigned grid, const GatherPiece* pieces, unsigned num_pieces, const GatherBlocks& blocks) {
     for (unsigned work = 0; work < grid; ++work) {
         const GatherPiece& piece = pieces[work % num_pieces];
@@ -315,6 +321,20 @@ CUresult cuMemcpyHtoDAsync_v2(CUdeviceptr to, const void* from, size_t bytes, CU
 CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream) {
     ENTER("cuMemcpyDtoHAsync");
     std::memcpy(to, pointer<void*>(from), bytes);
+    return kSuccess;
+}
+
+CUresult cuMemcpy2DAsync_v2(const CUmemcpy2D* copy, CUstream stream) {
+    ENTER("cuMemcpy2DAsync");
+    const CUmemcpy2DEnd &from = copy->from, &to = copy->to, &host = from.memory_type == kMemoryHost ? from : to;
+    if (stream == nullptr || from.memory_type == to.memory_type || copy->height == 0) return kInvalidValue;
+    for (const CUmemcpy2DEnd* end : {&from, &to}) {
+        if (end->pitch < copy->width || end->pitch >= 1ull << 31) return kInvalidValue;
+    }
+    for (size_t y = 0; y < copy->height; ++y) {
+        if (!lies_in(state().registered, line_of(host, y), copy->width)) return kInvalidValue;
+        std::memcpy(pointer<void*>(line_of(to, y)), pointer<void*>(line_of(from, y)), copy->width);
+    }
     return kSuccess;
 }
 

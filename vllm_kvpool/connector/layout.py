@@ -11,6 +11,10 @@ A *region* is (base address, bytes from one block to the next, bytes of a block)
 All become one region (or two) a layer; regions that follow each other in memory are then merged, so that a
 block-outermost layout ends as a single region. Layers that share memory count once. Orders that
 tear a page apart (heads outside of blocks) are refused.
+
+Where each layer has a tensor of its own, the last layer comes first: PyTorch gets the memory of a later tensor at a lower
+address of a GPU, and fragments whose addresses ascend, equally far apart, are one copy for its copy engines. The rule
+looks at no address, so that all engines keep to the same order.
 """
 
 from __future__ import annotations
@@ -71,6 +75,9 @@ def layer_layout(
             shape, strides = tuple(view.shape[1:]), tuple(view.stride()[1:])
             lines.append(f"{layer} {backend(layer)} {view.dtype} {shape} {strides} {region.nbytes}")
     merged = _merged(list(regions.values()))
+    if len({kv_caches[layer].untyped_storage().data_ptr() for layer in page_bytes}) > 1:
+        lines.append("last layer first")
+        merged = merged[::-1]
     return KVLayout(merged, _text(lines, merged))
 
 

@@ -80,14 +80,15 @@ std::unique_ptr<CopyBackend> cpu_backend(std::vector<Region> regions, unsigned t
 
 // How a GPU backend moves registered memory.
 enum class CudaWay {
-    kCalibrated,  // whichever is better for the layout on that device, tried out at start
-    kDriver,      // a copy by the driver for each fragment, in batches
-    kStaged,      // a copy for each block, of a buffer in device memory where a kernel gathers and scatters
+    kBest,     // pitched where the layout suits it, else of the others what is better on that device, tried out
+    kDriver,   // a copy by the driver for each fragment, in batches
+    kPitched,  // a two-dimensional copy for each block
+    kStaged,   // a copy for each block, of a buffer in device memory where a kernel gathers and scatters
 };
 
 struct CudaOptions {
     int device = 0;
-    CudaWay way = CudaWay::kCalibrated;
+    CudaWay way = CudaWay::kBest;
     std::string library = "libcuda.so.1";
 };
 
