@@ -3,8 +3,9 @@
     python -m benchmarks.bench_copy [--gib 2] [--repeats 7] [--fragments 8KiB,64KiB] [--json FILE]
 
 A block of 2 MiB lies in as many CUDA tensors as it has fragments (as vLLM keeps a tensor a layer; the last one's comes
-first, as the connector has it), at rows in random order; in the pool, a real file in shared memory with slots of a real daemon's layout, it is one run. Compared with one
-big copy of as many bytes from and to pinned memory, in the same run. Seed 7.
+first, as the connector has it), at rows in random order; in the pool, a real file in shared memory with slots of a real
+daemon's layout, it is one run. Compared with one big copy of as many bytes from and to pinned memory, in the same run.
+Seed 7.
 
 Caveats. Nothing else runs on the GPU. The pool is populated, and the copy engine has registered it and chosen its way
 of copying (`--way` forces one), before anything is timed. "processor" is the time of all threads of this process (user

@@ -12,9 +12,9 @@ All become one region (or two) a layer; regions that follow each other in memory
 block-outermost layout ends as a single region. Layers that share memory count once. Orders that
 tear a page apart (heads outside of blocks) are refused.
 
-Where each layer has a tensor of its own, the last layer comes first: PyTorch gets the memory of a later tensor at a lower
-address of a GPU, and fragments whose addresses ascend, equally far apart, are one copy for its copy engines. The rule
-looks at no address, so that all engines keep to the same order.
+Where each layer has a tensor of its own, the last layer comes first: PyTorch gets the memory of a later
+tensor at a lower address of a GPU, and fragments whose addresses ascend, equally far apart, are one copy
+for its copy engines. The rule looks at no address, so that all engines keep to the same order.
 """
 
 from __future__ import annotations
