@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--fragments", default=FRAGMENTS)
     parser.add_argument("--checksums", default="sampled,all", help="settings for the last rows")
     parser.add_argument("--shm-dir", default=SHM_DIR)
-    parser.add_argument("--way", choices=("", "driver", "staged"), default="")
+    parser.add_argument("--way", choices=("", "driver", "staged", "pitched"), default="")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

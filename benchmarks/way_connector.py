@@ -1,5 +1,5 @@
 """KVPoolConnector whose GPU copies go one way, that which KVPOOL_WAY names, instead of what the calibration picks: the
-arms `kvpool+way=staged` and `kvpool+way=driver`."""
+arms `kvpool+way=staged`, `=driver`, `=pitched`."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ class CopyEngine:
     def shard_bytes(regions: Sequence[tuple[int, int, int]]) -> int:
         """Of one shard with its trailer, rounded up to 256."""
     backend: str
-    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads pitched, stores pitched". It
+    """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores staged". It
     changes: nothing is calibrated at first, memory is refused by and by, and a device may be switched off."""
     error: str
     """The last error of the device, "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After

@@ -116,10 +116,11 @@ std::vector<Region> make_regions(const RegionTuples& tuples) {
 }
 
 CudaWay parse_way(const std::string& way) {
-    if (way.empty()) return CudaWay::kBest;
+    if (way.empty()) return CudaWay::kCalibrated;
     if (way == "driver") return CudaWay::kDriver;
     if (way == "staged") return CudaWay::kStaged;
-    throw std::invalid_argument("way: \"driver\", \"staged\" or nothing");
+    if (way == "pitched") return CudaWay::kPitched;
+    throw std::invalid_argument("way: \"driver\", \"staged\", \"pitched\" or nothing");
 }
 
 std::unique_ptr<CopyBackend> make_backend(const PoolView& view, std::vector<Region> regions, unsigned threads,

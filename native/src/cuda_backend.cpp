@@ -60,7 +60,7 @@ class CudaBackend final : public CopyBackend {
         Lane(const Driver& driver, int priority) : stream(driver, priority), done(driver) {}
         Stream stream;
         Event done;
-        std::unique_ptr<Staging> staging;  // null: the driver's way
+        std::unique_ptr<Staging> staging;  // null: another way
         bool entered = false;
         std::atomic<uint64_t> batches{0}, copies{0}, start_ns{0}, wait_ns{0};  // see CopyCosts
     };
@@ -279,12 +279,10 @@ void CudaBackend::choose_ways() {
 }
 
 Ways CudaBackend::best_ways() const {
-    if (wanted_ == CudaWay::kDriver) return {};
-    bool staged = wanted_ == CudaWay::kStaged;
-    if (merged_.size() == 1 && !staged) return {};  // one run a block already
-    if (suits_pitched(planes_) && !staged) return {CudaWay::kPitched, CudaWay::kPitched};
-    if (!Gather::fits(merged_)) return {};
-    if (staged) return {wanted_, wanted_};
+    if (wanted_ == CudaWay::kPitched && suits_pitched(planes_)) return {wanted_, wanted_};
+    if (wanted_ == CudaWay::kDriver || wanted_ == CudaWay::kPitched || !Gather::fits(merged_)) return {};
+    if (wanted_ == CudaWay::kStaged) return {wanted_, wanted_};
+    if (merged_.size() == 1) return {};  // one run a block already
     return calibrate(driver_, context_.device_name(), merged_);
 }
 

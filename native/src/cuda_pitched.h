@@ -1,7 +1,7 @@
-// The pitched way, for blocks whose fragments lie equally far apart, as those of vLLM's layers do, whose tensors follow
-// each other: the device's copy engines fetch them all in one two-dimensional copy. It takes none of the device's
-// processors. A kernel would, and more than it runs for: after kernels of two streams had run at once on an H200, each
-// kernel of the engine's CUDA graphs began half a microsecond later, for good, which made decoding 2 % slower.
+// The pitched way, for blocks whose fragments lie equally far apart, as those of vLLM's layers may: the device's copy
+// engines fetch them all in one two-dimensional copy, without a kernel. After staged copies each kernel of an engine's
+// CUDA graphs begins later, for good, which makes decoding 2 % slower (docs/benchmarks.md); after copies alone it does
+// not. Has to be asked for until it is measured with an engine, whose tensors are allocations of their own.
 #pragma once
 
 #include <vector>

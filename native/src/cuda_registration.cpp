@@ -51,9 +51,9 @@ void PoolRegistration::close() {
         if (!chunks_[chunk].registered.exchange(false)) continue;
         auto begun = std::chrono::steady_clock::now();
         Registrations::of_process().release(driver_, begin(chunk));
+        registered_bytes_ -= bytes_of(chunk);
         std::this_thread::sleep_for(std::chrono::steady_clock::now() - begun);
     }
-    registered_bytes_ = 0;
     file_.reset();
 }
 

@@ -110,7 +110,7 @@ TEST(cancel_waits_for_the_batches_under_way_only) {
 TEST(close_gives_everything_back) {
     FakeCuda* cuda = fake(k13);
     size_t alive = cuda->alive(), registered = cuda->registered();
-    for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged, CudaWay::kBest}) {
+    for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged, CudaWay::kCalibrated}) {
         Device device(way);
         device.round_trip();
         device.engine->close();

@@ -329,7 +329,7 @@ CUresult cuMemcpy2DAsync_v2(const CUmemcpy2D* copy, CUstream stream) {
     const CUmemcpy2DEnd &from = copy->from, &to = copy->to, &host = from.memory_type == kMemoryHost ? from : to;
     if (stream == nullptr || from.memory_type == to.memory_type || copy->height == 0) return kInvalidValue;
     for (const CUmemcpy2DEnd* end : {&from, &to}) {
-        if (end->pitch < copy->width || end->pitch >= 1ull << 31) return kInvalidValue;
+        if (end->pitch < copy->width || end->pitch >= 1ull << 31 || end->array != nullptr) return kInvalidValue;
     }
     for (size_t y = 0; y < copy->height; ++y) {
         if (!lies_in(state().registered, line_of(host, y), copy->width)) return kInvalidValue;

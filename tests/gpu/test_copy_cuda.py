@@ -62,7 +62,7 @@ def test_layers_with_k_and_v(pool: Pool, apart: int) -> None:
     memory = torch.empty((layers, 2 * kind + apart), dtype=torch.uint8, device="cuda").random_()
     bases = [layer.data_ptr() + of for layer in memory for of in (0, kind)]
     regions = [(base, nbytes, nbytes) for base in bases]
-    engine = CopyEngine(pool.view, regions, 0, 1, device=0)
+    engine = CopyEngine(pool.view, regions, 0, 1, device=0, way="pitched")
     wait_registered(pool, engine)
     assert engine.backend.endswith("loads pitched, stores pitched")
     kv = memory[:, : 2 * kind].view(layers, 2, blocks, nbytes)

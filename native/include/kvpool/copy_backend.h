@@ -80,15 +80,15 @@ std::unique_ptr<CopyBackend> cpu_backend(std::vector<Region> regions, unsigned t
 
 // How a GPU backend moves registered memory.
 enum class CudaWay {
-    kBest,     // pitched where the layout suits it, else of the others what is better on that device, tried out
-    kDriver,   // a copy by the driver for each fragment, in batches
-    kPitched,  // a two-dimensional copy for each block
+    kCalibrated,  // kDriver or kStaged, whichever is better for the layout on that device, tried out at start
+    kDriver,      // a copy by the driver for each fragment, in batches
+    kPitched,  // a two-dimensional copy or two for each block, where its fragments lie equally far apart; else kDriver
     kStaged,   // a copy for each block, of a buffer in device memory where a kernel gathers and scatters
 };
 
 struct CudaOptions {
     int device = 0;
-    CudaWay way = CudaWay::kBest;
+    CudaWay way = CudaWay::kCalibrated;
     std::string library = "libcuda.so.1";
 };
 
