@@ -179,8 +179,10 @@ class CopyEngine:
     `device` < 0: KV memory is ordinary memory, copied by `threads` threads. Otherwise it is memory of that CUDA device
     (an ordinal, as torch counts), which copies by DMA on streams of its own; submitting never waits.
     The pool is registered with CUDA in the background, slabs as the daemon makes them; until then copies are slower.
-    `way` is for benchmarks and tests: "driver" (a copy for each fragment, in batches) or "staged" (a copy for each
-    block, through 4 x 32 MiB of device memory); "" tries both at the start and keeps the better one for each direction.
+    `way` is for benchmarks and tests: "driver" (a copy for each fragment, in batches), "staged" (a copy for each
+    block, through 4 x 32 MiB of device memory) or "pitched" (a two-dimensional copy or two for each block, where its
+    fragments lie equally far apart; else "driver"); "" tries the first two at the start and keeps the better one for
+    each direction.
 
     `regions` is n x (base address, block stride in bytes, bytes per block), as tuples; block b of region r lies at
     `base + b * stride`. A slot holds the shards of all ranks; this worker's shard begins at `shard_offset` in the
