@@ -16,7 +16,7 @@ prompts of a pool hit less the VRAM hit of the same prompt, in the round before 
 time which the bytes take as one big pinned copy, measured before. Both are of the prompts that were loaded; "computed"
 tells how many were not, because the connector took computing for faster or did not find them. "prompts" tells of how
 many the figures of an arm are: an arm that was lost has fewer. Below the table: the median over the prompts of our pool
-hit over a peer's of the same prompt, and of how many.
+hit over that of each peer (for `kvpool-other` also of `kvpool`, whose blocks it loads), and of how many.
 
 Caveats. Dummy weights make near ties of tokens: recompute rounds differently than a hit, of whatever kind, so "as VRAM"
 (pool hit against VRAM hit: the same computation) must hold for all prompts, and "as recompute" may not. Eager mode, the
@@ -31,7 +31,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,27 +161,34 @@ def table(
     return lines
 
 
-def against_peers(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list[dict[str, Any]]:
-    """Our pool hits over those of each peer: the median of the ratios of the same prompt."""
+def against_others(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list[dict[str, Any]]:
+    """Our pool hits over those of each peer, and of the engine whose blocks they are: the median of the
+    ratios of the same prompt."""
     lines = []
     ours = [name for name in turns if kind_of(name) in POOL_ARMS]
     for length, count in repeats.items():
         for name in ours:
             line: dict[str, Any] = {"tokens": length, "arm": name, "over": {}, "prompts": {}}
-            for peer in set(turns) - set(ours):
+            for other in compared_with(name, turns):
                 pairs = zip(
-                    prompts_of(turns[name], length), prompts_of(turns[peer], length), strict=False
+                    prompts_of(turns[name], length), prompts_of(turns[other], length), strict=False
                 )
                 ratios = [
-                    one["pool"]["ms"] / other["pool"]["ms"]
-                    for one, other in list(pairs)[1 : 1 + count]
-                    if "pool" in one and "pool" in other
+                    one["pool"]["ms"] / its["pool"]["ms"]
+                    for one, its in list(pairs)[1 : 1 + count]
+                    if "pool" in one and "pool" in its
                 ]
                 if ratios:
-                    line["over"][peer] = statistics.median(ratios)
-                    line["prompts"][peer] = len(ratios)
+                    line["over"][other] = statistics.median(ratios)
+                    line["prompts"][other] = len(ratios)
             lines.append(line)
     return lines
+
+
+def compared_with(name: str, arms: Iterable[str]) -> list[str]:
+    """The peers, and for a `kvpool-other` the arm whose blocks it loads."""
+    own = name.replace("-other", "")
+    return [arm for arm in arms if kind_of(arm) not in POOL_ARMS or arm == own != name]
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -201,7 +208,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     take_turns(MODULE, job_of, results, folder, args)
     turns = results["turns"]
     results["table"] = table(turns, repeats, tokens_per_ms)
-    results["against_peers"] = against_peers(turns, repeats)
+    results["against_others"] = against_others(turns, repeats)
     results["trace"] = {
         name: trace(of_arm, repeats, trace_file(folder, name))
         for name, of_arm in turns.items()
@@ -254,12 +261,12 @@ def print_table(lines: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def print_against_peers(lines: list[dict[str, Any]]) -> None:
-    print("\nour pool hit over a peer's of the same prompt, median (of how many), best peer first:")
+def print_against_others(lines: list[dict[str, Any]]) -> None:
+    print("\nour pool hit over another arm's of the same prompt, median (of how many), best first:")
     for line in lines:
-        peers = sorted(line["over"].items(), key=lambda pair: -pair[1])
-        texts = (f"{ratio:.3f} of {peer} ({line['prompts'][peer]})" for peer, ratio in peers)
-        print(f"{line['tokens']:,} tokens, {line['arm']}: {', '.join(texts) or 'no peer'}")
+        others = sorted(line["over"].items(), key=lambda pair: -pair[1])
+        texts = (f"{ratio:.3f} of {other} ({line['prompts'][other]})" for other, ratio in others)
+        print(f"{line['tokens']:,} tokens, {line['arm']}: {', '.join(texts) or 'no other'}")
 
 
 def print_trace(name: str, lines: list[dict[str, Any]]) -> None:
@@ -271,7 +278,7 @@ def print_trace(name: str, lines: list[dict[str, Any]]) -> None:
 def print_results(results: dict[str, Any]) -> None:
     print("\n" + "\n".join(results["notes"]))
     print_table(results["table"])
-    print_against_peers(results["against_peers"])
+    print_against_others(results["against_others"])
     for name, lines in results["trace"].items():
         print_trace(name, lines)
     starts = {name: turns[0]["start_s"] for name, turns in results["turns"].items() if turns}

@@ -60,8 +60,15 @@ def test_an_arm_that_was_lost_tells_how_many_prompts_it_has() -> None:
     own, peer = bench_ttft.table(turns, {64: REPEATS}, tokens_per_ms=24.0)
     assert (own["prompts"], own["recompute"], own["pool"]) == (1, 100, 14)
     assert peer["prompts"] == 3
-    (line,) = bench_ttft.against_peers(turns, {64: REPEATS})
+    (line,) = bench_ttft.against_others(turns, {64: REPEATS})
     assert line["prompts"] == {"simple": 1}
+
+
+def test_another_engines_blocks_are_told_against_its_own_hits() -> None:
+    turns = {"kvpool": ttft_turns(pool=10), "kvpool-other": ttft_turns(pool=11)}
+    own, other = bench_ttft.against_others(turns, {64: REPEATS})
+    assert own["over"] == {}
+    assert other["over"] == {"kvpool": 1.1}
 
 
 def test_one_different_output_is_seen() -> None:
@@ -73,7 +80,7 @@ def test_one_different_output_is_seen() -> None:
 
 def test_a_peer_is_compared_by_prompt() -> None:
     turns = {"kvpool": ttft_turns(pool=10), "simple": ttft_turns(pool=20), "none": ttft_turns()}
-    (line,) = bench_ttft.against_peers(turns, {64: REPEATS})
+    (line,) = bench_ttft.against_others(turns, {64: REPEATS})
     assert line == {
         "tokens": 64,
         "arm": "kvpool",
