@@ -2,10 +2,9 @@
 
     python -m benchmarks.bench_copy [--gib 2] [--repeats 7] [--fragments 8KiB,64KiB] [--json FILE]
 
-A block of 2 MiB lies in as many CUDA tensors as it has fragments (as vLLM keeps a tensor a layer; the last one's comes
-first, as the connector has it), at rows in random order; in the pool, a real file in shared memory with slots of a real
-daemon's layout, it is one run. Compared with one big copy of as many bytes from and to pinned memory, in the same run.
-Seed 7.
+A block of 2 MiB lies in as many CUDA tensors as it has fragments (as vLLM keeps a tensor a layer), at rows in random
+order; in the pool, a real file in shared memory with slots of a real daemon's layout, it is one run. Compared with one
+big copy of as many bytes from and to pinned memory, in the same run. Seed 7.
 
 Caveats. Nothing else runs on the GPU. The pool is populated, and the copy engine has registered it and chosen its way
 of copying (`--way` forces one), before anything is timed. "processor" is the time of all threads of this process (user
@@ -98,7 +97,7 @@ class KVMemory:
         torch.manual_seed(SEED)
         for layer in self.layers:
             layer.random_(0, 256)
-        self.regions = [(layer.data_ptr(), fragment, fragment) for layer in self.layers[::-1]]
+        self.regions = [(layer.data_ptr(), fragment, fragment) for layer in self.layers]
         rows = list(range(2 * num_blocks))
         random.Random(SEED).shuffle(rows)
         self.near, self.far = rows[:num_blocks], rows[num_blocks:]
@@ -290,7 +289,7 @@ def main() -> None:
     parser.add_argument("--fragments", default=FRAGMENTS)
     parser.add_argument("--checksums", default="sampled,all", help="settings for the last rows")
     parser.add_argument("--shm-dir", default=SHM_DIR)
-    parser.add_argument("--way", choices=("", "driver", "staged", "pitched"), default="")
+    parser.add_argument("--way", choices=("", "driver", "staged"), default="")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -1,5 +1,5 @@
 """KVPoolConnector whose GPU copies go one way, that which KVPOOL_WAY names, instead of what the calibration picks: the
-arms `kvpool+way=staged`, `=driver`, `=pitched`."""
+arms `kvpool+way=staged` and `kvpool+way=driver`."""
 
 from __future__ import annotations
 

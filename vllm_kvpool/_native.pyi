@@ -179,10 +179,8 @@ class CopyEngine:
     `device` < 0: KV memory is ordinary memory, copied by `threads` threads. Otherwise it is memory of that CUDA device
     (an ordinal, as torch counts), which copies by DMA on streams of its own; submitting never waits.
     The pool is registered with CUDA in the background, slabs as the daemon makes them; until then copies are slower.
-    `way` is for benchmarks and tests: "driver" (a copy for each fragment, in batches), "staged" (a copy for each
-    block, through 4 x 32 MiB of device memory) or "pitched" (a two-dimensional copy or two for each block, where its
-    fragments lie equally far apart; else "driver"); "" tries the first two at the start and keeps the better one for
-    each direction.
+    `way` is for benchmarks and tests: "driver" (a copy for each fragment, in batches) or "staged" (a copy for each
+    block, through 4 x 64 MiB of device memory); "" tries both at the start and keeps the better one for each direction.
 
     `regions` is n x (base address, block stride in bytes, bytes per block), as tuples; block b of region r lies at
     `base + b * stride`. A slot holds the shards of all ranks; this worker's shard begins at `shard_offset` in the
@@ -208,7 +206,7 @@ class CopyEngine:
     """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores staged". It
     changes: nothing is calibrated at first, memory is refused by and by, and a device may be switched off."""
     error: str
-    """The last error of the device, "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After
+    """The last error of the device, "cuGraphLaunch: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After
     three failed copies in a row, or one error that ends the CUDA context, the device is not asked again."""
     registered_bytes: int
     """Of the pool, known to the device by now. How `backend` copies them is decided once there are any."""

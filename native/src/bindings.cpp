@@ -119,8 +119,7 @@ CudaWay parse_way(const std::string& way) {
     if (way.empty()) return CudaWay::kCalibrated;
     if (way == "driver") return CudaWay::kDriver;
     if (way == "staged") return CudaWay::kStaged;
-    if (way == "pitched") return CudaWay::kPitched;
-    throw std::invalid_argument("way: \"driver\", \"staged\", \"pitched\" or nothing");
+    throw std::invalid_argument("way: \"driver\", \"staged\" or nothing");
 }
 
 std::unique_ptr<CopyBackend> make_backend(const PoolView& view, std::vector<Region> regions, unsigned threads,

@@ -14,7 +14,6 @@
 
 #include "cuda_calibration.h"
 #include "cuda_fences.h"
-#include "cuda_pitched.h"
 #include "cuda_registration.h"
 #include "cuda_staging.h"
 #include "kvpool/copy.h"
@@ -57,10 +56,11 @@ class CudaBackend final : public CopyBackend {
   private:
     // What one thread of the engine uses.
     struct Lane {
-        Lane(const Driver& driver, int priority) : stream(driver, priority), done(driver) {}
+        Lane(const Driver& driver, int priority) : priority(priority), stream(driver, priority), done(driver) {}
+        const int priority;
         Stream stream;
         Event done;
-        std::unique_ptr<Staging> staging;  // null: another way
+        std::unique_ptr<Staging> staging;  // null: the driver's way
         bool entered = false;
         std::atomic<uint64_t> batches{0}, copies{0}, start_ns{0}, wait_ns{0};  // see CopyCosts
     };
@@ -85,7 +85,6 @@ class CudaBackend final : public CopyBackend {
     const Driver& driver_;
     Context context_;
     std::vector<Region> merged_;
-    std::vector<Plane> planes_;
     CudaWay wanted_;
     FencePool fences_;
     std::array<std::unique_ptr<Lane>, kThreads> lanes_;
@@ -111,7 +110,6 @@ CudaBackend::CudaBackend(std::shared_ptr<PoolFile> file, std::vector<Region> reg
       driver_(Driver::load(options.library)),
       context_(driver_, options.device),
       merged_(merge_regions(this->regions())),
-      planes_(planes_of(merged_)),
       wanted_(options.way),
       fences_(driver_, context_),
       registration_(driver_, std::move(file)) {
@@ -216,7 +214,6 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
     if (registered) {
         driver_.stream_wait_event(stream, fenced, 0);
         if (lane.staging != nullptr) return lane.staging->enqueue(direction, shards, stream);
-        if (ways_.of(direction) == CudaWay::kPitched) return cuda::enqueue(driver_, direction, planes_, shards, stream);
     }
     std::vector<Run> runs = runs_of(merged_, shards);
     if (registered) {
@@ -279,8 +276,7 @@ void CudaBackend::choose_ways() {
 }
 
 Ways CudaBackend::best_ways() const {
-    if (wanted_ == CudaWay::kPitched && suits_pitched(planes_)) return {wanted_, wanted_};
-    if (wanted_ == CudaWay::kDriver || wanted_ == CudaWay::kPitched || !Gather::fits(merged_)) return {};
+    if (wanted_ == CudaWay::kDriver || !Gather::fits(merged_)) return {};
     if (wanted_ == CudaWay::kStaged) return {wanted_, wanted_};
     if (merged_.size() == 1) return {};  // one run a block already
     return calibrate(driver_, context_.device_name(), merged_);
@@ -290,8 +286,9 @@ void CudaBackend::open_staging() {
     for (unsigned thread = 0; thread < kThreads; ++thread) {
         if (ways_.of(direction_of(thread)) != CudaWay::kStaged) continue;
         if (gather_ == nullptr) gather_ = std::make_unique<Gather>(driver_, merged_);
-        lanes_[thread]->staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes(),
-                                                            CopyEngine::shard_bytes(regions()), &registration_);
+        Lane& lane = *lanes_[thread];
+        lane.staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes(), CopyEngine::shard_bytes(regions()),
+                                                 &registration_, lane.priority);
     }
 }
 
@@ -331,10 +328,7 @@ std::string CudaBackend::error() const {
 }
 
 std::string CudaBackend::describe() const {
-    auto name = [](CudaWay way) {
-        if (way == CudaWay::kPitched) return "pitched";
-        return way == CudaWay::kStaged ? "staged" : "by the driver";
-    };
+    auto name = [](CudaWay way) { return way == CudaWay::kStaged ? "staged" : "by the driver"; };
     std::string text = "cuda " + context_.device_name();
     if (off_) return text + ", switched off";
     if (!chosen_) return text + ", not calibrated yet";

@@ -19,22 +19,13 @@ using CUstream = struct CUstream_st*;
 using CUevent = struct CUevent_st*;
 using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
+using CUkernel = struct CUkern_st*;
+using CUgraph = struct CUgraph_st*;
+using CUgraphNode = struct CUgraphNode_st*;
+using CUgraphExec = struct CUgraphExec_st*;
 
 struct CUmemLocation {
     int type, id;
-};
-// CUDA_MEMCPY2D: an end of the copy, and the whole of it.
-struct CUmemcpy2DEnd {
-    size_t x, y;
-    int memory_type;
-    void* host;
-    CUdeviceptr device;
-    void* array;
-    size_t pitch;
-};
-struct CUmemcpy2D {
-    CUmemcpy2DEnd from, to;
-    size_t width, height;
 };
 struct CUmemcpyAttributes {
     int src_access_order;
@@ -42,51 +33,73 @@ struct CUmemcpyAttributes {
     unsigned flags;
 };
 
+// CUDA_KERNEL_NODE_PARAMS_v2. `kernel` and `context` are null: the function says both.
+struct CUkernelNodeParams {
+    CUfunction function;
+    unsigned grid_x, grid_y, grid_z, threads_x, threads_y, threads_z, shared_bytes;
+    void** parameters;
+    void** extra;
+    CUkernel kernel;
+    CUcontext context;
+};
+union CUlaunchAttributeValue {
+    char size[64];
+    int priority;
+};
+
 inline constexpr CUresult kSuccess = 0;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventBlockingSync = 1, kEventDisableTiming = 2;
 inline constexpr unsigned kHostPortable = 1;
-inline constexpr int kMemoryHost = 1, kMemoryDevice = 2;
 inline constexpr int kCaptureModeRelaxed = 2;
 inline constexpr int kSrcAccessOrderStream = 1;
+inline constexpr int kAttributePriority = 8;
 
 // X(member, symbol, parameters), all of them returning CUresult and present since CUDA 12.0.
-#define KVPOOL_CUDA_FUNCTIONS(X)                                                             \
-    X(init, cuInit, (unsigned))                                                              \
-    X(get_error_name, cuGetErrorName, (CUresult, const char**))                              \
-    X(device_get, cuDeviceGet, (CUdevice*, int))                                             \
-    X(device_get_name, cuDeviceGetName, (char*, int, CUdevice))                              \
-    X(primary_ctx_retain, cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice))                  \
-    X(primary_ctx_release, cuDevicePrimaryCtxRelease_v2, (CUdevice))                         \
-    X(ctx_set_current, cuCtxSetCurrent, (CUcontext))                                         \
-    X(ctx_push_current, cuCtxPushCurrent_v2, (CUcontext))                                    \
-    X(ctx_pop_current, cuCtxPopCurrent_v2, (CUcontext*))                                     \
-    X(ctx_get_stream_priority_range, cuCtxGetStreamPriorityRange, (int*, int*))              \
-    X(thread_exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int*))               \
-    X(stream_create, cuStreamCreateWithPriority, (CUstream*, unsigned, int))                 \
-    X(stream_destroy, cuStreamDestroy_v2, (CUstream))                                        \
-    X(stream_synchronize, cuStreamSynchronize, (CUstream))                                   \
-    X(stream_wait_event, cuStreamWaitEvent, (CUstream, CUevent, unsigned))                   \
-    X(event_create, cuEventCreate, (CUevent*, unsigned))                                     \
-    X(event_destroy, cuEventDestroy_v2, (CUevent))                                           \
-    X(event_record, cuEventRecord, (CUevent, CUstream))                                      \
-    X(event_synchronize, cuEventSynchronize, (CUevent))                                      \
-    X(mem_alloc, cuMemAlloc_v2, (CUdeviceptr*, size_t))                                      \
-    X(mem_free, cuMemFree_v2, (CUdeviceptr))                                                 \
-    X(mem_host_alloc, cuMemHostAlloc, (void**, size_t, unsigned))                            \
-    X(mem_free_host, cuMemFreeHost, (void*))                                                 \
-    X(mem_host_register, cuMemHostRegister_v2, (void*, size_t, unsigned))                    \
-    X(mem_host_unregister, cuMemHostUnregister, (void*))                                     \
-    X(memcpy_htod_async, cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, size_t, CUstream)) \
-    X(memcpy_dtoh_async, cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, size_t, CUstream))       \
-    X(memcpy_2d_async, cuMemcpy2DAsync_v2, (const CUmemcpy2D*, CUstream))                    \
-    X(module_load_data, cuModuleLoadData, (CUmodule*, const void*))                          \
-    X(module_unload, cuModuleUnload, (CUmodule))                                             \
-    X(module_get_function, cuModuleGetFunction, (CUfunction*, CUmodule, const char*))        \
-    X(launch_kernel, cuLaunchKernel,                                                         \
-      (CUfunction, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, CUstream, void**, void**))
+#define KVPOOL_CUDA_FUNCTIONS(X)                                                                   \
+    X(init, cuInit, (unsigned))                                                                    \
+    X(get_error_name, cuGetErrorName, (CUresult, const char**))                                    \
+    X(device_get, cuDeviceGet, (CUdevice*, int))                                                   \
+    X(device_get_name, cuDeviceGetName, (char*, int, CUdevice))                                    \
+    X(primary_ctx_retain, cuDevicePrimaryCtxRetain, (CUcontext*, CUdevice))                        \
+    X(primary_ctx_release, cuDevicePrimaryCtxRelease_v2, (CUdevice))                               \
+    X(ctx_set_current, cuCtxSetCurrent, (CUcontext))                                               \
+    X(ctx_push_current, cuCtxPushCurrent_v2, (CUcontext))                                          \
+    X(ctx_pop_current, cuCtxPopCurrent_v2, (CUcontext*))                                           \
+    X(ctx_get_stream_priority_range, cuCtxGetStreamPriorityRange, (int*, int*))                    \
+    X(thread_exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int*))                     \
+    X(stream_create, cuStreamCreateWithPriority, (CUstream*, unsigned, int))                       \
+    X(stream_destroy, cuStreamDestroy_v2, (CUstream))                                              \
+    X(stream_synchronize, cuStreamSynchronize, (CUstream))                                         \
+    X(stream_wait_event, cuStreamWaitEvent, (CUstream, CUevent, unsigned))                         \
+    X(event_create, cuEventCreate, (CUevent*, unsigned))                                           \
+    X(event_destroy, cuEventDestroy_v2, (CUevent))                                                 \
+    X(event_record, cuEventRecord, (CUevent, CUstream))                                            \
+    X(event_synchronize, cuEventSynchronize, (CUevent))                                            \
+    X(mem_alloc, cuMemAlloc_v2, (CUdeviceptr*, size_t))                                            \
+    X(mem_free, cuMemFree_v2, (CUdeviceptr))                                                       \
+    X(mem_host_alloc, cuMemHostAlloc, (void**, size_t, unsigned))                                  \
+    X(mem_free_host, cuMemFreeHost, (void*))                                                       \
+    X(mem_host_register, cuMemHostRegister_v2, (void*, size_t, unsigned))                          \
+    X(mem_host_unregister, cuMemHostUnregister, (void*))                                           \
+    X(memcpy_htod_async, cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void*, size_t, CUstream))       \
+    X(memcpy_dtoh_async, cuMemcpyDtoHAsync_v2, (void*, CUdeviceptr, size_t, CUstream))             \
+    X(module_load_data, cuModuleLoadData, (CUmodule*, const void*))                                \
+    X(module_unload, cuModuleUnload, (CUmodule))                                                   \
+    X(module_get_function, cuModuleGetFunction, (CUfunction*, CUmodule, const char*))              \
+    X(graph_create, cuGraphCreate, (CUgraph*, unsigned))                                           \
+    X(graph_destroy, cuGraphDestroy, (CUgraph))                                                    \
+    X(graph_add_kernel_node, cuGraphAddKernelNode_v2,                                              \
+      (CUgraphNode*, CUgraph, const CUgraphNode*, size_t, const CUkernelNodeParams*))              \
+    X(graph_kernel_node_set_attribute, cuGraphKernelNodeSetAttribute,                              \
+      (CUgraphNode, int, const CUlaunchAttributeValue*))                                           \
+    X(graph_instantiate, cuGraphInstantiateWithFlags, (CUgraphExec*, CUgraph, unsigned long long)) \
+    X(graph_exec_destroy, cuGraphExecDestroy, (CUgraphExec))                                       \
+    X(graph_exec_kernel_node_set_params, cuGraphExecKernelNodeSetParams_v2,                        \
+      (CUgraphExec, CUgraphNode, const CUkernelNodeParams*))                                       \
+    X(graph_launch, cuGraphLaunch, (CUgraphExec, CUstream))
 
-// An error of the driver. The text is "cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS".
+// An error of the driver. The text is "cuGraphLaunch: CUDA_ERROR_ILLEGAL_ADDRESS".
 struct CudaError : std::runtime_error {
     CudaError(const std::string& text, CUresult result) : std::runtime_error(text), result(result) {}
     CUresult result;

@@ -20,6 +20,26 @@ std::vector<GatherPiece> cut(const std::vector<Region>& regions) {
     return pieces;
 }
 
+// A launch for `blocks`, which it refers to.
+class Launch {
+  public:
+    Launch(CUdeviceptr pieces, unsigned num_pieces, GatherBlocks& blocks)
+        : pieces_(pieces),
+          num_pieces_(num_pieces),
+          grid_(num_pieces * std::max(blocks.count, 1u)),
+          arguments_{&pieces_, &num_pieces_, &blocks} {}
+    Launch(const Launch&) = delete;
+
+    CUkernelNodeParams of(CUfunction kernel) {
+        return {kernel, grid_, 1, 1, kGatherThreads, 1, 1, 0, arguments_, nullptr, nullptr, nullptr};
+    }
+
+  private:
+    CUdeviceptr pieces_;
+    unsigned num_pieces_, grid_;
+    void* arguments_[3];
+};
+
 }  // namespace
 
 bool Gather::fits(const std::vector<Region>& regions) {
@@ -48,25 +68,25 @@ void Gather::upload(const std::vector<GatherPiece>& pieces) {
     driver_.memcpy_htod_async(pieces_.get(), pieces.data(), pieces.size() * sizeof(GatherPiece), stream.get());
     // A kernel is loaded when it is launched first, which can wait for the whole device: now, not with the first copy.
     GatherBlocks none{};
-    for (CUfunction kernel : {load_, store_}) launch(kernel, none, stream.get());
+    Launch launch(pieces_.get(), num_pieces_, none);
+    KernelGraph graph = kernel(0);
+    for (CUfunction each : {load_, store_}) graph.launch(launch.of(each), stream.get());
     driver_.stream_synchronize(stream.get());
 }
 
-void Gather::launch(CUfunction kernel, GatherBlocks& blocks, CUstream stream) const {
-    CUdeviceptr pieces = pieces_.get();
-    unsigned num_pieces = num_pieces_;
-    void* arguments[] = {&pieces, &num_pieces, &blocks};  // copied before the call returns
-    unsigned grid = num_pieces_ * std::max(blocks.count, 1u);
-    driver_.launch_kernel(kernel, grid, 1, 1, kGatherThreads, 1, 1, 0, stream, arguments, nullptr);
+KernelGraph Gather::kernel(int priority) const {
+    GatherBlocks none{};
+    return {driver_, Launch(pieces_.get(), num_pieces_, none).of(load_), priority};
 }
 
 void Gather::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUdeviceptr staged, uint64_t stride,
-                     CUstream stream) const {
+                     const KernelGraph& kernel, CUstream stream) const {
     for (size_t first = 0; first < blocks.size(); first += kGatherBlocks) {
         GatherBlocks parameters{staged + first * stride, stride, 0, {}};
         parameters.count = static_cast<unsigned>(std::min<size_t>(blocks.size() - first, kGatherBlocks));
         for (unsigned i = 0; i < parameters.count; ++i) parameters.block[i] = blocks[first + i].block;
-        launch(direction == Direction::kLoad ? load_ : store_, parameters, stream);
+        Launch launch(pieces_.get(), num_pieces_, parameters);
+        kernel.launch(launch.of(direction == Direction::kLoad ? load_ : store_), stream);
     }
 }
 

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "cuda_handles.h"
+#include "cuda_kernel_graph.h"
 #include "gather_abi.h"
 #include "kvpool/copy_backend.h"
 
@@ -20,13 +20,15 @@ class Gather {
     // 16-byte accesses are all the kernels have.
     static bool fits(const std::vector<Region>& regions);
 
+    // What `enqueue` launches with: one for each stream.
+    KernelGraph kernel(int priority) const;
+
     // Block i of `blocks` lies at `staged` + i * `stride`, in one run; the buffer is the source of a load.
     void enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUdeviceptr staged, uint64_t stride,
-                 CUstream stream) const;
+                 const KernelGraph& kernel, CUstream stream) const;
 
   private:
     void upload(const std::vector<GatherPiece>& pieces);
-    void launch(CUfunction kernel, GatherBlocks& blocks, CUstream stream) const;
 
     const Driver& driver_;
     CUmodule module_ = nullptr;

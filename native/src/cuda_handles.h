@@ -58,6 +58,18 @@ class Stream {
     CUstream stream_ = nullptr;
 };
 
+class Graph {
+  public:
+    explicit Graph(const Driver& driver) : driver_(driver) { driver_.graph_create(&graph_, 0); }
+    ~Graph() { driver_.graph_destroy.quietly(graph_); }
+    Graph(const Graph&) = delete;
+    CUgraph get() const { return graph_; }
+
+  private:
+    const Driver& driver_;
+    CUgraph graph_ = nullptr;
+};
+
 class DeviceMemory {
   public:
     DeviceMemory(const Driver& driver, size_t bytes) : driver_(driver) { driver_.mem_alloc(&memory_, bytes); }

@@ -11,9 +11,10 @@ constexpr uint64_t kRunBytes = (8 << 20) + (64 << 10);
 }  // namespace
 
 Staging::Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
-                 const PoolRegistration* registration)
+                 const PoolRegistration* registration, int priority)
     : driver_(driver),
       gather_(gather),
+      kernel_(gather.kernel(priority)),
       registration_(registration),
       payload_bytes_(payload_bytes),
       stride_(stride),
@@ -28,7 +29,7 @@ size_t Staging::enqueue(Direction direction, const std::vector<BlockShard>& bloc
         std::vector<BlockShard> part(begin, begin + count);
         std::vector<Run> staged = runs(part);
         if (direction == Direction::kLoad) cuda::enqueue(driver_, direction, staged, stream);
-        gather_.enqueue(direction, part, buffer_.get(), stride_, stream);
+        gather_.enqueue(direction, part, buffer_.get(), stride_, kernel_, stream);
         if (direction == Direction::kStore) cuda::enqueue(driver_, direction, staged, stream);
         copies += staged.size();
     }

@@ -1,6 +1,6 @@
 // The staged way, for blocks in many fragments: between the pool and a buffer in device memory a block is one run,
 // which the driver copies at the link's speed; between that buffer and KV memory the kernels of gather.cu move it, at
-// the speed of device memory. So the processors of the device are ours for some 20 us of the 600 us that a buffer
+// the speed of device memory. So the processors of the device are ours for some 40 us of the 1.2 ms that a buffer
 // takes.
 //
 // Blocks lie in the buffer as far apart as shards do that alone fill their slots: where such slots follow each other,
@@ -17,14 +17,14 @@
 
 namespace kvpool::cuda {
 
-inline constexpr uint64_t kStagingBytes = 32 << 20;  // one buffer for each of the backend's threads
+inline constexpr uint64_t kStagingBytes = 64 << 20;  // one buffer for each of the backend's threads; 16 launches a GiB
 
 class Staging {
   public:
     // `stride`: `CopyEngine::shard_bytes`. `registration`: what one copy may not reach beyond; null: copies of a block
-    // each. CudaError: no room for the buffer.
+    // each. `priority`: of the kernels. CudaError: no room for the buffer.
     Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
-            const PoolRegistration* registration);
+            const PoolRegistration* registration, int priority);
 
     // For registered memory. Calls for the same buffer are to use the same stream. Returns the number of copies.
     size_t enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
@@ -35,6 +35,7 @@ class Staging {
 
     const Driver& driver_;
     const Gather& gather_;
+    KernelGraph kernel_;
     const PoolRegistration* registration_;
     uint64_t payload_bytes_, stride_;
     uint64_t room_;  // blocks

@@ -40,7 +40,7 @@ struct Device {
         if (populated) until([&] { return engine->backend().registered_bytes() > 0; });
     }
     ~Device() {
-        for (const char* symbol : {"cuLaunchKernel", "cuEventRecord", "cuMemHostRegister"}) cuda->fail(symbol, 0, 0);
+        for (const char* symbol : {"cuGraphLaunch", "cuEventRecord", "cuMemHostRegister"}) cuda->fail(symbol, 0, 0);
     }
     std::unique_ptr<CopyEngine> start(CudaWay way, const std::string& library) const {
         return std::make_unique<CopyEngine>(slots.file, cuda_backend(slots.file, memory.regions, {0, way, library}),

@@ -7,9 +7,9 @@ TEST(without_memory_for_a_buffer_the_drivers_way_is_left) {
     fake(k13)->fail("cuMemAlloc", kOutOfMemory, 2);
     Device device(CudaWay::kStaged);
     device.cuda->fail("cuMemAlloc", 0, 0);
-    uint64_t launches = device.cuda->calls("cuLaunchKernel");
+    uint64_t launches = device.cuda->calls("cuGraphLaunch");
     device.round_trip();
-    CHECK_EQ(device.cuda->calls("cuLaunchKernel"), launches);
+    CHECK_EQ(device.cuda->calls("cuGraphLaunch"), launches);
     CHECK_EQ(device.error(), "cuMemAlloc_v2: CUDA_ERROR_OUT_OF_MEMORY");
 }
 
@@ -45,7 +45,7 @@ TEST(an_order_that_the_device_refuses_is_said_so) {
 }
 
 TEST(a_refusal_fails_the_copy_and_not_the_next) {
-    for (const char* symbol : {"cuLaunchKernel", "cuEventRecord"}) {
+    for (const char* symbol : {"cuGraphLaunch", "cuEventRecord"}) {
         Device device(CudaWay::kStaged);
         device.cuda->fail(symbol, kOutOfMemory, 1);
         CHECK(all(device.store(), CopyStatus::kFailed));
@@ -57,12 +57,12 @@ TEST(a_refusal_fails_the_copy_and_not_the_next) {
 
 TEST(refusals_in_a_row_switch_the_device_off) {
     Device device(CudaWay::kStaged);
-    device.cuda->fail("cuLaunchKernel", kOutOfMemory, 1'000);
-    uint64_t before = device.cuda->calls("cuLaunchKernel");
+    device.cuda->fail("cuGraphLaunch", kOutOfMemory, 1'000);
+    uint64_t before = device.cuda->calls("cuGraphLaunch");
     for (int i = 0; i < 5; ++i) CHECK(all(device.store(), CopyStatus::kFailed));
-    CHECK_EQ(device.cuda->calls("cuLaunchKernel"), before + 3);
+    CHECK_EQ(device.cuda->calls("cuGraphLaunch"), before + 3);
     CHECK(device.is_off());
-    CHECK_EQ(device.error(), "cuLaunchKernel: CUDA_ERROR_OUT_OF_MEMORY");
+    CHECK_EQ(device.error(), "cuGraphLaunch: CUDA_ERROR_OUT_OF_MEMORY");
 }
 
 TEST(an_error_that_ends_the_context_switches_it_off_at_once) {
@@ -77,7 +77,7 @@ TEST(an_error_that_ends_the_context_switches_it_off_at_once) {
 TEST(a_failed_copy_is_over_when_it_is_reported) {
     Device device(CudaWay::kStaged);
     uint64_t before = device.cuda->calls("cuStreamSynchronize");
-    device.cuda->fail("cuLaunchKernel", kOutOfMemory, 1);
+    device.cuda->fail("cuGraphLaunch", kOutOfMemory, 1);
     CHECK(all(device.store(), CopyStatus::kFailed));
     CHECK_EQ(device.cuda->calls("cuStreamSynchronize"), before + 1);
 }

@@ -19,6 +19,24 @@ struct kvpool::cuda::CUevent_st {
     bool slow = false;  // recorded on the slow stream while that was held
 };
 
+struct kvpool::cuda::CUgraphNode_st {
+    bool has_priority = false;
+};
+
+struct kvpool::cuda::CUgraph_st {
+    CUgraphNode_st node;
+};
+
+// The parameters are copied, as a driver does.
+struct kvpool::cuda::CUgraphExec_st {
+    CUgraph graph;
+    CUfunction function;
+    unsigned grid;
+    CUdeviceptr pieces;
+    unsigned num_pieces;
+    GatherBlocks blocks;
+};
+
 namespace {
 
 constexpr CUresult kInvalidValue = 1, kInvalidDevice = 101, kIllegalAddress = 700, kAlready = 712, kNot = 713;
@@ -94,10 +112,8 @@ CUresult wait_for(CUevent event) {
     return kSuccess;
 }
 
-// Where the line `y` of one end of a two-dimensional copy is.
-CUdeviceptr line_of(const CUmemcpy2DEnd& end, size_t y) {
-    CUdeviceptr base = end.memory_type == kMemoryHost ? reinterpret_cast<CUdeviceptr>(end.host) : end.device;
-    return base + (end.y + y) * end.pitch + end.x;
+bool is_launch(const CUkernelNodeParams& kernel) {
+    return kernel.function != nullptr && kernel.grid_x > 0 && kernel.threads_x == kGatherThreads;
 }
 
 CUresult gather(bool load, unsigned grid, const GatherPiece* pieces, unsigned num_pieces, const GatherBlocks& blocks) {
@@ -324,20 +340,6 @@ CUresult cuMemcpyDtoHAsync_v2(void* to, CUdeviceptr from, size_t bytes, CUstream
     return kSuccess;
 }
 
-CUresult cuMemcpy2DAsync_v2(const CUmemcpy2D* copy, CUstream stream) {
-    ENTER("cuMemcpy2DAsync");
-    const CUmemcpy2DEnd &from = copy->from, &to = copy->to, &host = from.memory_type == kMemoryHost ? from : to;
-    if (stream == nullptr || from.memory_type == to.memory_type || copy->height == 0) return kInvalidValue;
-    for (const CUmemcpy2DEnd* end : {&from, &to}) {
-        if (end->pitch < copy->width || end->pitch >= 1ull << 31 || end->array != nullptr) return kInvalidValue;
-    }
-    for (size_t y = 0; y < copy->height; ++y) {
-        if (!lies_in(state().registered, line_of(host, y), copy->width)) return kInvalidValue;
-        std::memcpy(pointer<void*>(line_of(to, y)), pointer<void*>(line_of(from, y)), copy->width);
-    }
-    return kSuccess;
-}
-
 CUresult cuModuleLoadData(CUmodule* module, const void* image) {
     ENTER("cuModuleLoadData");
     if (std::strstr(static_cast<const char*>(image), ".entry kvpool_load") == nullptr) return kInvalidValue;
@@ -357,14 +359,62 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
     return kSuccess;
 }
 
-CUresult cuLaunchKernel(CUfunction function, unsigned grid, unsigned, unsigned, unsigned threads, unsigned, unsigned,
-                        unsigned, CUstream, void** parameters, void**) {
-    ENTER("cuLaunchKernel");
-    if (grid == 0 || threads != kGatherThreads) return kInvalidValue;
-    auto* pieces = pointer<const GatherPiece*>(*static_cast<CUdeviceptr*>(parameters[0]));
-    bool load = function == reinterpret_cast<CUfunction>(&state().load);
-    return gather(load, grid, pieces, *static_cast<unsigned*>(parameters[1]),
-                  *static_cast<GatherBlocks*>(parameters[2]));
+CUresult cuGraphCreate(CUgraph* graph, unsigned) {
+    ENTER("cuGraphCreate");
+    *graph = new CUgraph_st;
+    count(1);
+    return kSuccess;
+}
+
+CUresult cuGraphDestroy(CUgraph graph) {
+    delete graph;
+    count(-1);
+    return kSuccess;
+}
+
+CUresult cuGraphAddKernelNode_v2(CUgraphNode* node, CUgraph graph, const CUgraphNode* after, size_t count,
+                                 const CUkernelNodeParams* kernel) {
+    if (after != nullptr || count != 0 || !is_launch(*kernel)) return kInvalidValue;
+    *node = &graph->node;
+    return kSuccess;
+}
+
+CUresult cuGraphKernelNodeSetAttribute(CUgraphNode node, int attribute, const CUlaunchAttributeValue*) {
+    node->has_priority = attribute == kAttributePriority;
+    return kSuccess;
+}
+
+CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long) {
+    ENTER("cuGraphInstantiate");
+    if (!graph->node.has_priority) return kInvalidValue;
+    *exec = new CUgraphExec_st{};
+    (*exec)->graph = graph;
+    count(1);
+    return kSuccess;
+}
+
+CUresult cuGraphExecDestroy(CUgraphExec exec) {
+    delete exec;
+    count(-1);
+    return kSuccess;
+}
+
+CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec exec, CUgraphNode node, const CUkernelNodeParams* kernel) {
+    if (node != &exec->graph->node || !is_launch(*kernel)) return kInvalidValue;
+    void** parameters = kernel->parameters;
+    *exec = {exec->graph,
+             kernel->function,
+             kernel->grid_x,
+             *static_cast<CUdeviceptr*>(parameters[0]),
+             *static_cast<unsigned*>(parameters[1]),
+             *static_cast<GatherBlocks*>(parameters[2])};
+    return kSuccess;
+}
+
+CUresult cuGraphLaunch(CUgraphExec exec, CUstream) {
+    ENTER("cuGraphLaunch");
+    bool load = exec->function == reinterpret_cast<CUfunction>(&state().load);
+    return gather(load, exec->grid, pointer<const GatherPiece*>(exec->pieces), exec->num_pieces, exec->blocks);
 }
 
 #if FAKE_CUDA_BATCH == 1

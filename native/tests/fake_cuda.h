@@ -15,7 +15,7 @@ struct FakeCuda {
     // Nobody hears of the end of any work while these are held.
     void (*hold_ends)(bool);
     size_t (*registered)();  // ranges of host memory
-    size_t (*alive)();       // streams, events, modules, memory
+    size_t (*alive)();       // streams, events, modules, graphs, memory
 };
 
 extern "C" FakeCuda* fake_cuda();

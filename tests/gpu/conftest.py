@@ -43,6 +43,6 @@ def stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()
 
 
-@pytest.fixture(params=["driver", "staged", "pitched", ""], ids=lambda way: way or "calibrated")
+@pytest.fixture(params=["driver", "staged", ""], ids=lambda way: way or "calibrated")
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -84,16 +84,11 @@ class KV:
 
 def start(pool: Pool, kv: KV, way: str, *, registered: bool = True) -> CopyEngine:
     engine = CopyEngine(pool.view, kv.tuples(), 0, 1, device=0, way=way)
-    if registered:
-        wait_registered(pool, engine)
-    return engine
-
-
-def wait_registered(pool: Pool, engine: CopyEngine) -> None:
     give_up = time.monotonic() + WAIT_S
-    while engine.registered_bytes < pool.registrable_bytes:
+    while registered and engine.registered_bytes < pool.registrable_bytes:
         assert time.monotonic() < give_up, engine.error or "the pool is not registered"
         time.sleep(0.001)
+    return engine
 
 
 def numbers(first: int, count: int = COUNT) -> bytes:

@@ -8,17 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu.copies import (
-    COUNT,
-    KV,
-    WAIT_S,
-    Pool,
-    numbers,
-    start,
-    stored,
-    succeed,
-    wait_registered,
-)
+from gpu.copies import COUNT, KV, WAIT_S, Pool, numbers, start, stored, succeed
 
 from vllm_kvpool._native import COPY_OK, CopyEngine
 
@@ -52,30 +42,6 @@ def test_bytes_of_a_pool_that_is_not_registered(regions: int, way: str) -> None:
         assert torch.equal(kv.blocks(COUNT), kv.blocks(0))
         assert engine.registered_bytes == 0
         engine.close()
-
-
-@pytest.mark.parametrize("apart", [0, 512], ids=["one plane", "K and V apart"])
-def test_layers_with_k_and_v(pool: Pool, apart: int) -> None:
-    """As vLLM's: a tensor for each layer, with its K before its V, and maybe something between the tensors."""
-    layers, blocks, nbytes = 32, 8, 32 << 10
-    kind = blocks * nbytes
-    memory = torch.empty((layers, 2 * kind + apart), dtype=torch.uint8, device="cuda").random_()
-    bases = [layer.data_ptr() + of for layer in memory for of in (0, kind)]
-    regions = [(base, nbytes, nbytes) for base in bases]
-    engine = CopyEngine(pool.view, regions, 0, 1, device=0, way="pitched")
-    wait_registered(pool, engine)
-    assert engine.backend.endswith("loads pitched, stores pitched")
-    kv = memory[:, : 2 * kind].view(layers, 2, blocks, nbytes)
-    before = memory.clone()
-    refs = pool.prepare(4)
-    succeed(engine, engine.submit_store(refs, numbers(0, 4)))
-    assert torch.equal(memory, before)
-    assert torch.equal(pool.bytes_of(refs), kv[:, :, :4].permute(2, 0, 1, 3).reshape(4, -1).cpu())
-    pool.complete(refs)
-    succeed(engine, engine.submit_load(refs, numbers(4, 4)))
-    before[:, : 2 * kind].view(layers, 2, blocks, nbytes)[:, :, 4:] = kv[:, :, :4]
-    assert torch.equal(memory, before)
-    engine.close()
 
 
 def test_odd_sizes_and_gaps(pool: Pool, way: str) -> None:

@@ -11,10 +11,6 @@ A *region* is (base address, bytes from one block to the next, bytes of a block)
 All become one region (or two) a layer; regions that follow each other in memory are then merged, so that a
 block-outermost layout ends as a single region. Layers that share memory count once. Orders that
 tear a page apart (heads outside of blocks) are refused.
-
-Where there are several tensors, the last one comes first: PyTorch gets the memory of a later tensor at a lower
-address of a GPU (but for expandable segments), and fragments whose addresses ascend, equally far apart, can
-be one copy for its copy engines. The rule looks only at what shares memory, so that all engines agree.
 """
 
 from __future__ import annotations
@@ -63,7 +59,6 @@ def layer_layout(
     """One region a layer (two where K and V are apart), merged where they touch. `backend` names a
     layer's attention backend."""
     regions: dict[tuple[int, int], Region] = {}
-    tensors: dict[int, list[Region]] = {}
     lines = []
     for layer in sorted(page_bytes, key=_natural):
         views = _block_views(kv_caches[layer], num_blocks)
@@ -73,13 +68,9 @@ def layer_layout(
             if known.nbytes != region.nbytes:
                 text = f"{layer} shares memory with a layer of another page size"
                 raise UnsupportedLayoutError(text)
-            if known is region:
-                tensors.setdefault(view.untyped_storage().data_ptr(), []).append(region)
             shape, strides = tuple(view.shape[1:]), tuple(view.stride()[1:])
             lines.append(f"{layer} {backend(layer)} {view.dtype} {shape} {strides} {region.nbytes}")
-    if len(tensors) > 1:
-        lines.append("last tensor first")
-    merged = _merged([region for tensor in reversed(tensors.values()) for region in tensor])
+    merged = _merged(list(regions.values()))
     return KVLayout(merged, _text(lines, merged))
 
 

@@ -80,10 +80,9 @@ std::unique_ptr<CopyBackend> cpu_backend(std::vector<Region> regions, unsigned t
 
 // How a GPU backend moves registered memory.
 enum class CudaWay {
-    kCalibrated,  // kDriver or kStaged, whichever is better for the layout on that device, tried out at start
+    kCalibrated,  // whichever is better for the layout on that device, tried out at start
     kDriver,      // a copy by the driver for each fragment, in batches
-    kPitched,  // a two-dimensional copy or two for each block, where its fragments lie equally far apart; else kDriver
-    kStaged,   // a copy for each block, of a buffer in device memory where a kernel gathers and scatters
+    kStaged,      // a copy for each block, of a buffer in device memory where a kernel gathers and scatters
 };
 
 struct CudaOptions {

@@ -1,0 +1,27 @@
+// A kernel that is launched as a CUDA graph of its own. Launched as it is, ten times on a stream beside the engine's,
+// it would make each kernel of the engine's graphs begin up to a microsecond later from then on, for good: decoding
+// would be 2 % slower (docs/benchmarks.md). As a graph it does not.
+#pragma once
+
+#include "cuda_handles.h"
+
+namespace kvpool::cuda {
+
+class KernelGraph {
+  public:
+    // Makes ready for any kernel of `first`'s module. `priority` is as a stream's, which says nothing of its graphs.
+    KernelGraph(const Driver& driver, const CUkernelNodeParams& first, int priority);
+    ~KernelGraph() { driver_.graph_exec_destroy.quietly(exec_); }
+    KernelGraph(const KernelGraph&) = delete;
+
+    // Launches of the same graph begin in the order of the calls. The parameters are copied before it returns.
+    void launch(const CUkernelNodeParams& kernel, CUstream stream) const;
+
+  private:
+    const Driver& driver_;
+    Graph graph_;  // owns the node
+    CUgraphNode node_ = nullptr;
+    CUgraphExec exec_ = nullptr;
+};
+
+}  // namespace kvpool::cuda
