@@ -21,7 +21,7 @@ import itertools
 import logging
 import os
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from pathlib import Path
 
 from vllm_kvpool._native import MAX_CLIENTS, PoolFormatError, PoolView
@@ -67,6 +67,8 @@ RETRY_MS = 1_000
 """Between attempts to find a pool or a daemon, and between looks at what may have changed."""
 UNSENT_RETRY_MS = 50
 """After a Hello that could not go out for want of a connection: ZeroMQ is just making one."""
+MAX_HELLOS = 60
+"""Of which an answer is taken, however late: a minute's."""
 REFUSALS = ("version", "namespace", "clients_full")
 REFUSED_RETRY_MS = 10_000
 """After one of `REFUSALS`: somebody has to change something first."""
@@ -101,7 +103,7 @@ class PoolClient:
         self._pulling: set[int] = set()
         self._pulled: list[Pulled] = []
         self._ids = itertools.count(1)
-        self._hello_id: int | None = None
+        self._hellos: deque[int] = deque(maxlen=MAX_HELLOS)
         self._welcome: Welcome | None = None
         self._draining = False
         self._bitmap = NO_CLIENT
@@ -302,7 +304,7 @@ class PoolClient:
             case Pulled() if reply.id in self._pulling:
                 self._pulling.discard(reply.id)
                 self._pulled.append(reply)
-            case Welcome() if reply.id == self._hello_id:
+            case Welcome() if reply.id in self._hellos:
                 self._take_welcome(reply)
             case Error():
                 self._take_error(reply)
@@ -332,7 +334,7 @@ class PoolClient:
             self._channel.send(CompleteStore(id=next(self._ids), refs=b"", aborted=late))
 
     def _take_error(self, error: Error) -> None:
-        if error.id == self._hello_id:
+        if error.id in self._hellos:
             self._say_once(f"the daemon refused this engine: {error.message} ({error.code})")
             refused = error.code in REFUSALS
             self._next_try_ms = now_ms() + (REFUSED_RETRY_MS if refused else RETRY_MS)
@@ -384,7 +386,8 @@ class PoolClient:
 
     def _leave(self, reason: str = "lost", retry_ms: int = 0) -> None:
         """Not connected any more; say hello in `retry_ms`."""
-        self._welcome = self._hello_id = None
+        self._welcome = None
+        self._hellos.clear()
         self._pulled += [Pulled(id=pull_id, reason="lost") for pull_id in self._pulling]
         self._pulling.clear()
         self._next_try_ms = now_ms() + retry_ms
@@ -405,7 +408,7 @@ class PoolClient:
             writing=self._ledger.writing,
         )
         if self._channel.send(hello):
-            self._hello_id = hello.id
+            self._hellos.append(hello.id)
         else:
             self._next_try_ms = now_ms() + UNSENT_RETRY_MS
 

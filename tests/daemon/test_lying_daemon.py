@@ -43,6 +43,9 @@ class LyingDaemon:
         self.owner = PoolOwner.create(str(self.paths.pool), 16 << 20)
         self.seen: list[AnyRequest] = []
         self.lent = 0
+        self.behind = 0
+        """So many answers are kept back, the latest."""
+        self.answers: list[list[bytes]] = []
         self.answer: Callable[[AnyRequest], AnyReply | bytes | None] = lambda _: None
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.ROUTER)
@@ -62,7 +65,9 @@ class LyingDaemon:
             reply = self._welcome(request) if isinstance(request, Hello) else self.answer(request)
             if reply is not None:
                 raw = reply if isinstance(reply, bytes) else protocol.encode(reply)
-                self.socket.send_multipart([connection, raw])
+                self.answers.append([connection, raw])
+            while len(self.answers) > self.behind:
+                self.socket.send_multipart(self.answers.pop(0))
 
     def _welcome(self, hello: Hello) -> Welcome:
         pool_id, epoch = self.owner.pool_id, self.owner.epoch
@@ -116,6 +121,14 @@ def test_bitmap_that_does_not_exist(
     assert not liar.client.connected
     assert len(liar.hellos()) == 1  # it is not asked again at once
     assert caplog.text.count("makes no sense") == 1
+
+
+def test_answers_that_take_longer_than_the_next_hello(
+    liar: LyingDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vllm_kvpool.client.RETRY_MS", 20)
+    liar.behind = 3
+    liar.connect()
 
 
 @pytest.mark.parametrize("refs", [bytes(3), bytes(8), bytes(24)])
