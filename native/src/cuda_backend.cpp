@@ -56,8 +56,7 @@ class CudaBackend final : public CopyBackend {
   private:
     // What one thread of the engine uses.
     struct Lane {
-        Lane(const Driver& driver, int priority) : priority(priority), stream(driver, priority), done(driver) {}
-        const int priority;
+        Lane(const Driver& driver, int priority) : stream(driver, priority), done(driver) {}
         Stream stream;
         Event done;
         std::unique_ptr<Staging> staging;  // null: the driver's way
@@ -286,9 +285,8 @@ void CudaBackend::open_staging() {
     for (unsigned thread = 0; thread < kThreads; ++thread) {
         if (ways_.of(direction_of(thread)) != CudaWay::kStaged) continue;
         if (gather_ == nullptr) gather_ = std::make_unique<Gather>(driver_, merged_);
-        Lane& lane = *lanes_[thread];
-        lane.staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes(), CopyEngine::shard_bytes(regions()),
-                                                 &registration_, lane.priority);
+        lanes_[thread]->staging = std::make_unique<Staging>(driver_, *gather_, payload_bytes(),
+                                                            CopyEngine::shard_bytes(regions()), &registration_);
     }
 }
 

@@ -100,7 +100,7 @@ Ways try_out(const Driver& driver, const std::vector<Region>& merged) {
     Scratch scratch(driver, merged);
     Stream stream(driver, 0);
     Gather gather(driver, scratch.regions);
-    Staging staging(driver, gather, scratch.block_bytes, CopyEngine::shard_bytes(scratch.regions), nullptr, 0);
+    Staging staging(driver, gather, scratch.block_bytes, CopyEngine::shard_bytes(scratch.regions), nullptr);
     auto trial = [&](Direction direction) {
         Cost direct = measure(driver, stream, [&](CUstream s) {
             enqueue(driver, direction, runs_of(scratch.regions, scratch.blocks), s);

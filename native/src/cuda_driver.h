@@ -42,10 +42,6 @@ struct CUkernelNodeParams {
     CUkernel kernel;
     CUcontext context;
 };
-union CUlaunchAttributeValue {
-    char size[64];
-    int priority;
-};
 
 inline constexpr CUresult kSuccess = 0;
 inline constexpr unsigned kStreamNonBlocking = 1;
@@ -53,7 +49,6 @@ inline constexpr unsigned kEventBlockingSync = 1, kEventDisableTiming = 2;
 inline constexpr unsigned kHostPortable = 1;
 inline constexpr int kCaptureModeRelaxed = 2;
 inline constexpr int kSrcAccessOrderStream = 1;
-inline constexpr int kAttributePriority = 8;
 
 // X(member, symbol, parameters), all of them returning CUresult and present since CUDA 12.0.
 #define KVPOOL_CUDA_FUNCTIONS(X)                                                                   \
@@ -91,8 +86,6 @@ inline constexpr int kAttributePriority = 8;
     X(graph_destroy, cuGraphDestroy, (CUgraph))                                                    \
     X(graph_add_kernel_node, cuGraphAddKernelNode_v2,                                              \
       (CUgraphNode*, CUgraph, const CUgraphNode*, size_t, const CUkernelNodeParams*))              \
-    X(graph_kernel_node_set_attribute, cuGraphKernelNodeSetAttribute,                              \
-      (CUgraphNode, int, const CUlaunchAttributeValue*))                                           \
     X(graph_instantiate, cuGraphInstantiateWithFlags, (CUgraphExec*, CUgraph, unsigned long long)) \
     X(graph_exec_destroy, cuGraphExecDestroy, (CUgraphExec))                                       \
     X(graph_exec_kernel_node_set_params, cuGraphExecKernelNodeSetParams_v2,                        \

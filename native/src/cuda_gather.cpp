@@ -66,17 +66,22 @@ Gather::Gather(const Driver& driver, const std::vector<Region>& regions)
 void Gather::upload(const std::vector<GatherPiece>& pieces) {
     Stream stream(driver_, 0);
     driver_.memcpy_htod_async(pieces_.get(), pieces.data(), pieces.size() * sizeof(GatherPiece), stream.get());
-    // A kernel is loaded when it is launched first, which can wait for the whole device: now, not with the first copy.
-    GatherBlocks none{};
-    Launch launch(pieces_.get(), num_pieces_, none);
-    KernelGraph graph = kernel(0);
-    for (CUfunction each : {load_, store_}) graph.launch(launch.of(each), stream.get());
     driver_.stream_synchronize(stream.get());
 }
 
-KernelGraph Gather::kernel(int priority) const {
+KernelGraph Gather::kernel() const {
     GatherBlocks none{};
-    return {driver_, Launch(pieces_.get(), num_pieces_, none).of(load_), priority};
+    return {driver_, Launch(pieces_.get(), num_pieces_, none).of(load_)};
+}
+
+// A kernel is loaded, and a graph uploaded, when it is launched first, which can wait for the whole device: now, not
+// with the first copy.
+void Gather::warm_up(const KernelGraph& kernel) const {
+    Stream stream(driver_, 0);
+    GatherBlocks none{};
+    Launch launch(pieces_.get(), num_pieces_, none);
+    for (CUfunction each : {load_, store_}) kernel.launch(launch.of(each), stream.get());
+    driver_.stream_synchronize(stream.get());
 }
 
 void Gather::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUdeviceptr staged, uint64_t stride,

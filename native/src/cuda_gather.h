@@ -21,7 +21,8 @@ class Gather {
     static bool fits(const std::vector<Region>& regions);
 
     // What `enqueue` launches with: one for each stream.
-    KernelGraph kernel(int priority) const;
+    KernelGraph kernel() const;
+    void warm_up(const KernelGraph& kernel) const;
 
     // Block i of `blocks` lies at `staged` + i * `stride`, in one run; the buffer is the source of a load.
     void enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUdeviceptr staged, uint64_t stride,

@@ -2,13 +2,9 @@
 
 namespace kvpool::cuda {
 
-KernelGraph::KernelGraph(const Driver& driver, const CUkernelNodeParams& first, int priority)
-    : driver_(driver), graph_(driver) {
+KernelGraph::KernelGraph(const Driver& driver, const CUkernelNodeParams& first) : driver_(driver), graph_(driver) {
     driver_.graph_add_kernel_node(&node_, graph_.get(), nullptr, 0, &first);
-    CUlaunchAttributeValue value{};
-    value.priority = priority;
-    driver_.graph_kernel_node_set_attribute(node_, kAttributePriority, &value);
-    driver_.graph_instantiate(&exec_, graph_.get(), 0);
+    driver_.graph_instantiate(&exec_, graph_.get(), 0);  // 0: of its stream's priority
 }
 
 void KernelGraph::launch(const CUkernelNodeParams& kernel, CUstream stream) const {

@@ -1,5 +1,5 @@
 // A kernel that is launched as a CUDA graph of its own. Launched as it is, ten times on a stream beside the engine's,
-// it would make each kernel of the engine's graphs begin up to a microsecond later from then on, for good: decoding
+// it would make each kernel of the engine's graphs begin about a microsecond later from then on, for good: decoding
 // would be 2 % slower (docs/benchmarks.md). As a graph it does not.
 #pragma once
 
@@ -9,12 +9,12 @@ namespace kvpool::cuda {
 
 class KernelGraph {
   public:
-    // Makes ready for any kernel of `first`'s module. `priority` is as a stream's, which says nothing of its graphs.
-    KernelGraph(const Driver& driver, const CUkernelNodeParams& first, int priority);
+    // For any kernel of `first`'s module.
+    KernelGraph(const Driver& driver, const CUkernelNodeParams& first);
     ~KernelGraph() { driver_.graph_exec_destroy.quietly(exec_); }
     KernelGraph(const KernelGraph&) = delete;
 
-    // Launches of the same graph begin in the order of the calls. The parameters are copied before it returns.
+    // Launches of the same graph run one after the other. The parameters are copied before it returns.
     void launch(const CUkernelNodeParams& kernel, CUstream stream) const;
 
   private:

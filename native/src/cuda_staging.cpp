@@ -11,15 +11,17 @@ constexpr uint64_t kRunBytes = (8 << 20) + (64 << 10);
 }  // namespace
 
 Staging::Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
-                 const PoolRegistration* registration, int priority)
+                 const PoolRegistration* registration)
     : driver_(driver),
       gather_(gather),
-      kernel_(gather.kernel(priority)),
+      kernel_(gather.kernel()),
       registration_(registration),
       payload_bytes_(payload_bytes),
       stride_(stride),
-      room_(std::max<uint64_t>(kStagingBytes / stride_, 1)),
-      buffer_(driver, room_ * stride_) {}
+      room_(std::max<uint64_t>(kStagingBytes / payload_bytes_, 1)),  // as many as in a batch at least
+      buffer_(driver, room_ * stride_) {
+    gather_.warm_up(kernel_);
+}
 
 size_t Staging::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const {
     size_t copies = 0;

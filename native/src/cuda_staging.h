@@ -1,7 +1,6 @@
 // The staged way, for blocks in many fragments: between the pool and a buffer in device memory a block is one run,
 // which the driver copies at the link's speed; between that buffer and KV memory the kernels of gather.cu move it, at
-// the speed of device memory. So the processors of the device are ours for some 40 us of the 1.2 ms that a buffer
-// takes.
+// the speed of device memory. So the processors of the device are ours for a thirtieth of the time that a buffer takes.
 //
 // Blocks lie in the buffer as far apart as shards do that alone fill their slots: where such slots follow each other,
 // as those of a chain stored into an empty pool do, one copy moves several, and what lies between them (a trailer,
@@ -17,14 +16,14 @@
 
 namespace kvpool::cuda {
 
-inline constexpr uint64_t kStagingBytes = 64 << 20;  // one buffer for each of the backend's threads; 16 launches a GiB
+inline constexpr uint64_t kStagingBytes = 64 << 20;  // of blocks, in one buffer for each of the backend's threads
 
 class Staging {
   public:
     // `stride`: `CopyEngine::shard_bytes`. `registration`: what one copy may not reach beyond; null: copies of a block
-    // each. `priority`: of the kernels. CudaError: no room for the buffer.
+    // each. CudaError: no room for the buffer.
     Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
-            const PoolRegistration* registration, int priority);
+            const PoolRegistration* registration);
 
     // For registered memory. Calls for the same buffer are to use the same stream. Returns the number of copies.
     size_t enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;

@@ -68,7 +68,7 @@ TEST(odd_sizes_go_the_drivers_way) {
 }
 
 TEST(more_blocks_than_a_buffer_holds) {
-    constexpr uint32_t kMany = 2'800;  // of 25 KiB: more than 64 MiB
+    constexpr uint32_t kMany = 5'300;  // of 25 KiB, in two batches: each more than 64 MiB
     Slots slots(8);
     Memory memory(8 + kMany, {4096, 1024, 20480, 48}, 16);
     memory.fill(1);
@@ -80,9 +80,10 @@ TEST(more_blocks_than_a_buffer_holds) {
     slots.set_all(SlotState::kReady);
     std::vector<CopyBlock> blocks;
     for (uint32_t i = 0; i < kMany; ++i) blocks.push_back({slots.refs[i % 8], 8 + i});
-    uint64_t before = cuda->batched();
+    uint64_t before = cuda->batched(), launches = cuda->calls("cuGraphLaunch");
     CHECK(all(run(engine, Direction::kLoad, blocks), CopyStatus::kOk));
     CHECK_EQ(cuda->batched(), before + kMany);
+    CHECK_EQ(cuda->calls("cuGraphLaunch"), launches + 2 * (6 + 1));  // of 512 blocks at most
     for (uint32_t i = 0; i < kMany; ++i) CHECK(memory.block(8 + i) == memory.block(i % 8));
 }
 

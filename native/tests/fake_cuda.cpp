@@ -19,22 +19,22 @@ struct kvpool::cuda::CUevent_st {
     bool slow = false;  // recorded on the slow stream while that was held
 };
 
+// A launch, its parameters copied as a driver does.
 struct kvpool::cuda::CUgraphNode_st {
-    bool has_priority = false;
+    CUfunction function;
+    unsigned grid;
+    CUdeviceptr pieces;
+    unsigned num_pieces;
+    GatherBlocks blocks;
 };
 
 struct kvpool::cuda::CUgraph_st {
     CUgraphNode_st node;
 };
 
-// The parameters are copied, as a driver does.
 struct kvpool::cuda::CUgraphExec_st {
-    CUgraph graph;
-    CUfunction function;
-    unsigned grid;
-    CUdeviceptr pieces;
-    unsigned num_pieces;
-    GatherBlocks blocks;
+    CUgraphNode node;  // that it was made of
+    CUgraphNode_st own;
 };
 
 namespace {
@@ -112,8 +112,15 @@ CUresult wait_for(CUevent event) {
     return kSuccess;
 }
 
-bool is_launch(const CUkernelNodeParams& kernel) {
-    return kernel.function != nullptr && kernel.grid_x > 0 && kernel.threads_x == kGatherThreads;
+CUresult set(CUgraphNode_st& node, const CUkernelNodeParams& kernel) {
+    bool flat = kernel.grid_y == 1 && kernel.grid_z == 1 && kernel.threads_y == 1 && kernel.threads_z == 1;
+    bool plain = kernel.extra == nullptr && kernel.kernel == nullptr && kernel.context == nullptr;
+    if (!flat || !plain || kernel.function == nullptr || kernel.grid_x == 0) return kInvalidValue;
+    if (kernel.threads_x != kGatherThreads || kernel.shared_bytes != 0) return kInvalidValue;
+    void** parameters = kernel.parameters;
+    node = {kernel.function, kernel.grid_x, *static_cast<CUdeviceptr*>(parameters[0]),
+            *static_cast<unsigned*>(parameters[1]), *static_cast<GatherBlocks*>(parameters[2])};
+    return kSuccess;
 }
 
 CUresult gather(bool load, unsigned grid, const GatherPiece* pieces, unsigned num_pieces, const GatherBlocks& blocks) {
@@ -372,23 +379,18 @@ CUresult cuGraphDestroy(CUgraph graph) {
     return kSuccess;
 }
 
-CUresult cuGraphAddKernelNode_v2(CUgraphNode* node, CUgraph graph, const CUgraphNode* after, size_t count,
+CUresult cuGraphAddKernelNode_v2(CUgraphNode* node, CUgraph graph, const CUgraphNode* after, size_t num_after,
                                  const CUkernelNodeParams* kernel) {
-    if (after != nullptr || count != 0 || !is_launch(*kernel)) return kInvalidValue;
+    ENTER("cuGraphAddKernelNode");
+    if (after != nullptr || num_after != 0) return kInvalidValue;
     *node = &graph->node;
-    return kSuccess;
+    return set(graph->node, *kernel);
 }
 
-CUresult cuGraphKernelNodeSetAttribute(CUgraphNode node, int attribute, const CUlaunchAttributeValue*) {
-    node->has_priority = attribute == kAttributePriority;
-    return kSuccess;
-}
-
-CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long) {
+CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long flags) {
     ENTER("cuGraphInstantiate");
-    if (!graph->node.has_priority) return kInvalidValue;
-    *exec = new CUgraphExec_st{};
-    (*exec)->graph = graph;
+    if (flags != 0) return kInvalidValue;
+    *exec = new CUgraphExec_st{&graph->node, graph->node};
     count(1);
     return kSuccess;
 }
@@ -400,21 +402,16 @@ CUresult cuGraphExecDestroy(CUgraphExec exec) {
 }
 
 CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec exec, CUgraphNode node, const CUkernelNodeParams* kernel) {
-    if (node != &exec->graph->node || !is_launch(*kernel)) return kInvalidValue;
-    void** parameters = kernel->parameters;
-    *exec = {exec->graph,
-             kernel->function,
-             kernel->grid_x,
-             *static_cast<CUdeviceptr*>(parameters[0]),
-             *static_cast<unsigned*>(parameters[1]),
-             *static_cast<GatherBlocks*>(parameters[2])};
-    return kSuccess;
+    ENTER("cuGraphExecKernelNodeSetParams");
+    return node == exec->node ? set(exec->own, *kernel) : kInvalidValue;
 }
 
-CUresult cuGraphLaunch(CUgraphExec exec, CUstream) {
+CUresult cuGraphLaunch(CUgraphExec exec, CUstream stream) {
     ENTER("cuGraphLaunch");
-    bool load = exec->function == reinterpret_cast<CUfunction>(&state().load);
-    return gather(load, exec->grid, pointer<const GatherPiece*>(exec->pieces), exec->num_pieces, exec->blocks);
+    if (stream == nullptr) return kInvalidValue;
+    const CUgraphNode_st& node = exec->own;
+    bool load = node.function == reinterpret_cast<CUfunction>(&state().load);
+    return gather(load, node.grid, pointer<const GatherPiece*>(node.pieces), node.num_pieces, node.blocks);
 }
 
 #if FAKE_CUDA_BATCH == 1
