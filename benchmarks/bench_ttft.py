@@ -31,7 +31,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,10 +185,11 @@ def against_others(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list
     return lines
 
 
-def compared_with(name: str, arms: Iterable[str]) -> list[str]:
+def compared_with(name: str, arms: Collection[str]) -> list[str]:
     """The peers, and for a `kvpool-other` the arm whose blocks it loads."""
-    own = name.replace("-other", "")
-    return [arm for arm in arms if kind_of(arm) not in POOL_ARMS or arm == own != name]
+    peers = [arm for arm in arms if kind_of(arm) not in POOL_ARMS]
+    stored_by = name.replace("-other", "")
+    return [*peers, stored_by] if stored_by in set(arms) - {name} else peers
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
