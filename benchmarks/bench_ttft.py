@@ -153,12 +153,17 @@ def table(
 ) -> list[dict[str, Any]]:
     lines = []
     for name, of_arm in turns.items():
-        computed = turns.get(name.replace("-other", ""), [])
+        computed = turns.get(stored_by(name), [])
         for length, count in repeats.items():
             prompts = prompts_of(of_arm, length)
             line = summary(prompts, prompts_of(computed, length), count, tokens_per_ms)
             lines.append({"arm": name, "tokens": length, **line})
     return lines
+
+
+def stored_by(name: str) -> str:
+    """The arm whose blocks that one loads: its own, but for a `kvpool-other`."""
+    return name.replace("-other", "")
 
 
 def against_others(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list[dict[str, Any]]:
@@ -188,8 +193,7 @@ def against_others(turns: dict[str, list[Any]], repeats: dict[int, int]) -> list
 def compared_with(name: str, arms: Collection[str]) -> list[str]:
     """The peers, and for a `kvpool-other` the arm whose blocks it loads."""
     peers = [arm for arm in arms if kind_of(arm) not in POOL_ARMS]
-    stored_by = name.replace("-other", "")
-    return [*peers, stored_by] if stored_by in set(arms) - {name} else peers
+    return [*peers, stored_by(name)] if stored_by(name) in set(arms) - {name} else peers
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

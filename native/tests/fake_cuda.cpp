@@ -77,6 +77,20 @@ void count(int change) {
 }
 
 template <class T>
+CUresult give(T** handle, T* made) {
+    *handle = made;
+    count(1);
+    return kSuccess;
+}
+
+template <class T>
+CUresult take_back(T* made) {
+    delete made;
+    count(-1);
+    return kSuccess;
+}
+
+template <class T>
 T pointer(CUdeviceptr address) {
     return reinterpret_cast<T>(address);
 }
@@ -265,15 +279,11 @@ CUresult cuStreamWaitEvent(CUstream, CUevent event, unsigned) {
 
 CUresult cuEventCreate(CUevent* event, unsigned) {
     ENTER("cuEventCreate");
-    *event = new CUevent_st;
-    count(1);
-    return kSuccess;
+    return give(event, new CUevent_st);
 }
 
 CUresult cuEventDestroy_v2(CUevent event) {
-    delete event;
-    count(-1);
-    return kSuccess;
+    return take_back(event);
 }
 
 CUresult cuEventRecord(CUevent event, CUstream stream) {
@@ -368,15 +378,11 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
 
 CUresult cuGraphCreate(CUgraph* graph, unsigned) {
     ENTER("cuGraphCreate");
-    *graph = new CUgraph_st;
-    count(1);
-    return kSuccess;
+    return give(graph, new CUgraph_st);
 }
 
 CUresult cuGraphDestroy(CUgraph graph) {
-    delete graph;
-    count(-1);
-    return kSuccess;
+    return take_back(graph);
 }
 
 CUresult cuGraphAddKernelNode_v2(CUgraphNode* node, CUgraph graph, const CUgraphNode* after, size_t num_after,
@@ -390,15 +396,11 @@ CUresult cuGraphAddKernelNode_v2(CUgraphNode* node, CUgraph graph, const CUgraph
 CUresult cuGraphInstantiateWithFlags(CUgraphExec* exec, CUgraph graph, unsigned long long flags) {
     ENTER("cuGraphInstantiate");
     if (flags != 0) return kInvalidValue;
-    *exec = new CUgraphExec_st{&graph->node, graph->node};
-    count(1);
-    return kSuccess;
+    return give(exec, new CUgraphExec_st{&graph->node, graph->node});
 }
 
 CUresult cuGraphExecDestroy(CUgraphExec exec) {
-    delete exec;
-    count(-1);
-    return kSuccess;
+    return take_back(exec);
 }
 
 CUresult cuGraphExecKernelNodeSetParams_v2(CUgraphExec exec, CUgraphNode node, const CUkernelNodeParams* kernel) {
