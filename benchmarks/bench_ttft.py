@@ -20,9 +20,9 @@ hit over that of each peer (for `kvpool-other` also of `kvpool`, whose blocks it
 
 Caveats. Dummy weights make near ties of tokens: recompute rounds differently than a hit, of whatever kind, so "as VRAM"
 (pool hit against VRAM hit: the same computation) must hold for all prompts, and "as recompute" may not. Eager mode, the
-default here, hides nothing of a load; `--graphs` turns it off. The KV cache of an engine holds two long prompts, since
-stores may pin half of it. Only the latest prompts are asked for, so `--pool-size` need not hold them all. LMCache needs
-its package.
+default here, hides nothing of a load; `--graphs` turns it off. The KV cache of an engine holds two of the longest
+prompts, since stores may pin half of it (`--kv-gib` says otherwise). Only the latest prompts are asked for, so
+`--pool-size` need not hold them all. LMCache needs its package.
 """
 
 from __future__ import annotations
@@ -39,11 +39,18 @@ from benchmarks.arms import POOL_ARMS, add_arms, kind_of, salt_of, take_turns, t
 from benchmarks.gpu_script import measure_link, numbers, run_script, script_parser
 from benchmarks.offline import OfflineEngine, kv_bytes_per_token, random_prompt
 from benchmarks.traced_steps import STEPS, Spans, by_step, spans_of, told, traced_requests
+from vllm_kvpool.errors import ConfigError
 
 MODULE = "benchmarks.bench_ttft"
 ARMS = "kvpool,kvpool-other,offloading,simple,lmcache"
 SEED = 7
 CHECK_TOKENS = 16
+FIRST_TOKENS = 3_000
+"""Of what an engine computes before anything else."""
+ROOM_TOKENS = 4_096
+"""Of KV cache, for that and for whatever is not one of the prompts."""
+REPEATS = {2_048: 28, 16_384: 14, 1 << 30: 7}
+"""Prompts of a length, by the longest one that so many are for: single short ones say little."""
 KINDS = ("recompute", "vram", "pool")
 ROUNDS: dict[str, tuple[str | None, ...]] = {
     "none": ("recompute", "vram", None),
@@ -66,7 +73,7 @@ def make_prompts(length: int, repeats: int) -> list[tuple[list[int], int]]:
 def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     prompts = {length: make_prompts(length, repeats) for length, repeats in job["repeats"]}
     engine = OfflineEngine(job["model"], job["transfer"], salt=job["salt"], **job["engine"])
-    engine.generate(random_prompt(random.Random(), 3_000), 1)
+    engine.generate(random_prompt(random.Random(), FIRST_TOKENS), 1)
     yield {"start_s": engine.start_s}
     for length, several in prompts.items():
         for number, (prompt, num_tokens) in enumerate(several):
@@ -196,15 +203,36 @@ def compared_with(name: str, arms: Collection[str]) -> list[str]:
     return [*peers, stored_by(name)] if stored_by(name) in set(arms) - {name} else peers
 
 
+def repeats_of(lengths: list[int], repeats: list[int] | None) -> dict[int, int]:
+    """How many prompts of each length are timed. ConfigError."""
+    if repeats is None:
+        return {
+            length: next(n for most, n in REPEATS.items() if length <= most) for length in lengths
+        }
+    if len(repeats) != len(lengths):
+        fix = f"give a number for each of the {len(lengths)} lengths, or leave it out"
+        raise ConfigError("--repeats", ",".join(map(str, repeats)), fix)
+    return dict(zip(lengths, repeats, strict=True))
+
+
+def fit_prompts(args: argparse.Namespace, token_bytes: int) -> None:
+    """Engines that take the longest prompt, where the options do not say otherwise."""
+    longest = max(args.lengths)
+    if args.kv_gib is None:
+        args.kv_gib = (2 * longest + ROOM_TOKENS) * token_bytes / 2**30
+    most = max(longest, FIRST_TOKENS) + CHECK_TOKENS
+    args.engine = {"enforce_eager": not args.graphs, "max_model_len": most, **args.engine}
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if "kvpool-other" in args.arms.split(",") and "kvpool" not in args.arms.split(","):
         args.arms = f"kvpool,{args.arms}"
-    args.engine = {"enforce_eager": not args.graphs, **args.engine}
-    link = measure_link()
+    repeats = repeats_of(args.lengths, args.repeats)
     token_bytes = kv_bytes_per_token(args.size, args.kv_cache_dtype)
+    fit_prompts(args, token_bytes)
+    link = measure_link()
     tokens_per_ms = link["load"] * 1e6 / token_bytes if link else 0.0
     results: dict[str, Any] = {"link_gb_per_s": link}
-    repeats = dict(zip(args.lengths, args.repeats, strict=True))
 
     def job_of(name: str) -> dict[str, Any]:
         job = {"repeats": list(repeats.items()), "salt": salt_of(name)}
@@ -295,10 +323,8 @@ def main() -> None:
     parser = script_parser(__doc__)
     add_arms(parser, ARMS)
     parser.add_argument("--lengths", type=numbers, default="1024,8192,32768")
-    parser.add_argument(
-        "--repeats", type=numbers, default="28,14,7", help="prompts of each of the --lengths"
-    )
-    parser.set_defaults(kv_gib=8.5)
+    parser.add_argument("--repeats", type=numbers, help="prompts of each of the --lengths")
+    parser.set_defaults(kv_gib=None)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs instead of eager mode")
     parser.add_argument(
         "--trace", action="store_true", help="of our own arms: what a hit waits for"

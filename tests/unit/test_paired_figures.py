@@ -25,6 +25,25 @@ def ttft_turns(**ms: float) -> list[Any]:
     return turns
 
 
+def test_prompts_are_counted_by_their_length() -> None:
+    assert bench_ttft.repeats_of([512, 8_192, 65_536], None) == {512: 28, 8_192: 14, 65_536: 7}
+    assert bench_ttft.repeats_of([512, 8_192], [2, 1]) == {512: 2, 8_192: 1}
+    with pytest.raises(ConfigError, match="--repeats = '28,14,7': give a number for each of the 1"):
+        bench_ttft.repeats_of([8_192], [28, 14, 7])
+
+
+def test_engines_take_the_longest_prompt() -> None:
+    args = argparse.Namespace(lengths=[512, 65_536], kv_gib=None, graphs=False, engine={})
+    bench_ttft.fit_prompts(args, token_bytes=131_072)
+    assert args.kv_gib == 16.5
+    assert args.engine == {"enforce_eager": True, "max_model_len": 65_552}
+
+    given = {"max_model_len": 70_000}
+    args = argparse.Namespace(lengths=[65_536], kv_gib=9.0, graphs=True, engine=given)
+    bench_ttft.fit_prompts(args, token_bytes=131_072)
+    assert (args.kv_gib, args.engine) == (9.0, {"enforce_eager": False, **given})
+
+
 def test_a_pool_hit_is_told_against_the_vram_hit_of_the_same_prompt() -> None:
     turns = {
         "kvpool": ttft_turns(recompute=100, vram=10, pool=14),
