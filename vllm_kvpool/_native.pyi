@@ -206,8 +206,10 @@ class CopyEngine:
     """What copies, and how, for the log: "cpu", "cuda NVIDIA H200, loads staged, stores staged". It
     changes: nothing is calibrated at first, memory is refused by and by, and a device may be switched off."""
     error: str
-    """The last error of the device, "cuGraphLaunch: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none. After
-    three failed copies in a row, or one error that ends the CUDA context, the device is not asked again."""
+    """The last error of the device, "cuGraphLaunch: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none."""
+    is_off: bool
+    """Whether the device is not asked any more, and all copies fail: after three failed loads or stores in a row, or
+    one error that ends the CUDA context."""
     registered_bytes: int
     """Of the pool, known to the device by now. How `backend` copies them is decided once there are any."""
     costs: dict[str, int]
@@ -230,7 +232,8 @@ class CopyEngine:
         """Until the job has ended, however it did; the next `poll` tells. False: it has not in that time."""
     loads_stand_still_s: float
     """Seconds for which no batch of any load has ended, while loads are under way; 0 without any. Batches are what the
-    device is asked for at once (blocks on a CPU)."""
+    device is asked for at once (blocks on a CPU). Counts from the first look that finds the oldest load free to begin:
+    what its stream was given before it has ended."""
     def cancel(self, job: int) -> None:
         """Stop a job; returns when no thread touches its memory. Its unfinished blocks end as COPY_CANCELLED and
         the job is reported by the next `poll`."""

@@ -191,6 +191,7 @@ void bind_copy(nb::module_& m) {
             "regions"_a)
         .def_prop_ro("backend", [](PyCopyEngine& c) { return c.engine.backend().describe(); })
         .def_prop_ro("error", [](PyCopyEngine& c) { return c.engine.backend().error(); })
+        .def_prop_ro("is_off", [](PyCopyEngine& c) { return c.engine.backend().is_off(); })
         .def_prop_ro("registered_bytes", [](PyCopyEngine& c) { return c.engine.backend().registered_bytes(); })
         .def_prop_ro("costs", &PyCopyEngine::costs)
         .def(

@@ -83,10 +83,16 @@ CopyEngine::Jobs::const_iterator CopyEngine::first_load() const {
     return std::find_if(jobs_.begin(), jobs_.end(), loads);
 }
 
-uint64_t CopyEngine::loads_stand_still_ns() const {
-    std::lock_guard lock(mutex_);
+uint64_t CopyEngine::loads_stand_still_ns() {
+    std::unique_lock lock(mutex_);
     auto oldest = first_load();
-    return oldest == jobs_.end() ? 0 : now_ns() - std::max(oldest->second->started_ns, load_progress_ns_);
+    if (oldest == jobs_.end()) return 0;
+    std::shared_ptr<Job> job = oldest->second;
+    if (job->free_ns != 0) return now_ns() - std::max(job->free_ns, load_progress_ns_);
+    Fence fence = job->fence;
+    lock.unlock();  // a driver may take its time to answer
+    if (backend_->has_passed(fence)) job->free_ns = now_ns();
+    return 0;
 }
 
 std::vector<uint64_t> CopyEngine::arriving_loads() const {

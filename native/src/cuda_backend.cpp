@@ -44,12 +44,14 @@ class CudaBackend final : public CopyBackend {
     bool serves(unsigned thread, Direction direction) const override { return direction_of(thread) == direction; }
     size_t batch_blocks(size_t job_blocks, size_t first) const override;
     Fence fence(uint64_t stream) override;
+    bool has_passed(const Fence& fence) override;
     bool order_after_loads(uint64_t stream) override;
     bool copy(unsigned thread, Direction direction, const std::vector<BlockShard>& shards, const Fence& fence,
               const std::function<void()>& on_the_way) override;
     void close() override;
     std::string describe() const override;
     std::string error() const override;
+    bool is_off() const override { return off_; }
     uint64_t registered_bytes() const override { return registration_.registered_bytes(); }
     CopyCosts costs() const override;
 
@@ -78,8 +80,8 @@ class CudaBackend final : public CopyBackend {
     void open_staging();
     void register_pool();
 
-    void note(const CudaError& error);     // for the log
-    void refused(const CudaError& error);  // and counted
+    void note(const CudaError& error);                                 // for the log
+    void refused(const CudaError& error, std::atomic<int>& in_a_row);  // and counted
 
     const Driver& driver_;
     Context context_;
@@ -94,7 +96,8 @@ class CudaBackend final : public CopyBackend {
     Ways ways_;
     std::atomic<bool> chosen_{false};
 
-    std::atomic<int> failures_{0};  // in a row
+    // In a row, each of its kind: loads that succeed say nothing of stores.
+    std::atomic<int> load_failures_{0}, store_failures_{0}, stream_failures_{0};
     std::atomic<bool> off_{false};
 
     mutable std::mutex mutex_;  // guards what follows
@@ -152,11 +155,18 @@ void CudaBackend::close() {
 Fence CudaBackend::fence(uint64_t stream) {
     if (off_) return nullptr;
     try {
-        return fences_.record(stream);
+        Fence fence = fences_.record(stream);
+        stream_failures_ = 0;
+        return fence;
     } catch (const CudaError& error) {
-        refused(error);
+        refused(error, stream_failures_);
         return nullptr;
     }
+}
+
+bool CudaBackend::has_passed(const Fence& fence) {
+    if (off_ || fence == nullptr) return true;
+    return driver_.event_query.quietly(FencePool::event(fence)) != kNotReady;
 }
 
 // A batch's end is recorded before it counts as on the way, and a lane's batches end one after the other.
@@ -170,7 +180,7 @@ bool CudaBackend::order_after_loads(uint64_t stream) {
         }
         return true;
     } catch (const CudaError& error) {
-        refused(error);
+        refused(error, stream_failures_);
         return false;
     }
 }
@@ -179,14 +189,15 @@ bool CudaBackend::copy(unsigned thread, Direction direction, const std::vector<B
                        const std::function<void()>& on_the_way) {
     if (off_ || fence == nullptr) return false;
     Lane& lane = *lanes_[thread];
+    std::atomic<int>& failures = direction == Direction::kLoad ? load_failures_ : store_failures_;
     try {
         if (!lane.entered) context_.enter_thread();
         lane.entered = true;
         move(lane, direction, shards, fence, on_the_way);
-        failures_ = 0;
+        failures = 0;
         return true;
     } catch (const CudaError& error) {
-        refused(error);
+        refused(error, failures);
         driver_.stream_synchronize.quietly(lane.stream.get());  // what was enqueued before the error ends here
         return false;
     }
@@ -315,9 +326,9 @@ void CudaBackend::note(const CudaError& error) {
     error_ = error.what();
 }
 
-void CudaBackend::refused(const CudaError& error) {
+void CudaBackend::refused(const CudaError& error, std::atomic<int>& in_a_row) {
     note(error);
-    if (error.is_final() || ++failures_ >= kFailuresInARow) off_ = true;
+    if (error.is_final() || ++in_a_row >= kFailuresInARow) off_ = true;
 }
 
 std::string CudaBackend::error() const {

@@ -43,7 +43,7 @@ struct CUkernelNodeParams {
     CUcontext context;
 };
 
-inline constexpr CUresult kSuccess = 0;
+inline constexpr CUresult kSuccess = 0, kNotReady = 600;
 inline constexpr unsigned kStreamNonBlocking = 1;
 inline constexpr unsigned kEventBlockingSync = 1, kEventDisableTiming = 2;
 inline constexpr unsigned kHostPortable = 1;
@@ -70,6 +70,7 @@ inline constexpr int kSrcAccessOrderStream = 1;
     X(event_create, cuEventCreate, (CUevent*, unsigned))                                           \
     X(event_destroy, cuEventDestroy_v2, (CUevent))                                                 \
     X(event_record, cuEventRecord, (CUevent, CUstream))                                            \
+    X(event_query, cuEventQuery, (CUevent))                                                        \
     X(event_synchronize, cuEventSynchronize, (CUevent))                                            \
     X(mem_alloc, cuMemAlloc_v2, (CUdeviceptr*, size_t))                                            \
     X(mem_free, cuMemFree_v2, (CUdeviceptr))                                                       \

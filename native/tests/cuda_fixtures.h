@@ -55,7 +55,10 @@ struct Device {
         for (uint32_t i = 0; i < 8; ++i) CHECK(memory.block(10 + i) == memory.block(i));
     }
     std::string error() const { return engine->backend().error(); }
-    bool is_off() const { return engine->backend().describe() == "cuda Fake, switched off"; }
+    bool is_off() const {
+        CHECK_EQ(engine->backend().is_off(), engine->backend().describe() == "cuda Fake, switched off");
+        return engine->backend().is_off();
+    }
 };
 
 }  // namespace kvpool

@@ -78,6 +78,26 @@ TEST(neither_stores_arrive_nor_loads_with_a_bad_block) {
     }
 }
 
+TEST(a_load_that_may_not_begin_yet_does_not_stand_still) {
+    Device device(CudaWay::kStaged);
+    CHECK(all(device.store(), CopyStatus::kOk));
+    device.slots.set_all(SlotState::kReady);
+    device.cuda->hold(true);
+    device.cuda->hold_ends(true);
+    device.engine->submit(Direction::kLoad, device.slots.blocks(10), device.cuda->slow_stream);
+    for (int i = 0; i < 5; ++i) {
+        CHECK_EQ(device.engine->loads_stand_still_ns(), 0u);
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    auto freed = std::chrono::steady_clock::now();
+    device.cuda->hold(false);
+    until([&] { return device.engine->loads_stand_still_ns() >= 20'000'000; });
+    std::chrono::nanoseconds stands_still(device.engine->loads_stand_still_ns());
+    CHECK(stands_still <= std::chrono::steady_clock::now() - freed);
+    device.cuda->hold_ends(false);
+    CHECK(all(wait(*device.engine).status, CopyStatus::kOk));
+}
+
 TEST(cancel_waits_for_the_batches_under_way_only) {
     Device device(CudaWay::kStaged);
     CHECK(all(device.store(), CopyStatus::kOk));

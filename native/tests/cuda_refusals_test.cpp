@@ -79,6 +79,20 @@ TEST(refusals_in_a_row_switch_the_device_off) {
     CHECK_EQ(device.error(), "cuGraphLaunch: CUDA_ERROR_OUT_OF_MEMORY");
 }
 
+TEST(loads_that_succeed_do_not_hide_that_no_store_does) {
+    Device device(CudaWay::kStaged);
+    CHECK(all(device.store(), CopyStatus::kOk));
+    for (int i = 0; i < 3; ++i) {
+        CHECK(!device.is_off());
+        device.slots.set_all(SlotState::kReady);
+        CHECK(all(device.load(), CopyStatus::kOk));
+        device.slots.set_all(SlotState::kWriting);
+        device.cuda->fail("cuGraphLaunch", kOutOfMemory, 1);
+        CHECK(all(device.store(), CopyStatus::kFailed));
+    }
+    CHECK(device.is_off());
+}
+
 TEST(an_error_that_ends_the_context_switches_it_off_at_once) {
     Device device(CudaWay::kStaged);
     device.cuda->fail("cuEventSynchronize", kIllegalAddress, 1);

@@ -293,6 +293,12 @@ CUresult cuEventRecord(CUevent event, CUstream stream) {
     return kSuccess;
 }
 
+CUresult cuEventQuery(CUevent event) {
+    ENTER("cuEventQuery");
+    std::lock_guard lock(state().mutex);
+    return event->slow && state().held ? kNotReady : kSuccess;
+}
+
 CUresult cuEventSynchronize(CUevent event) {
     ENTER("cuEventSynchronize");
     std::unique_lock lock(state().mutex);

@@ -34,6 +34,7 @@ class LateCopies:
 
     backend = "cuda, switched off"
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
+    is_off = False
     loads_stand_still_s = 0.0
 
     def __init__(self, engine: CopyEngine, orders: bool) -> None:

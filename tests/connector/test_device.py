@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -62,8 +63,9 @@ class BrokenCopies:
     error = "CUDA_ERROR_ILLEGAL_ADDRESS"
     loads_stand_still_s = 0.0
 
-    def __init__(self, engine: CopyEngine) -> None:
+    def __init__(self, engine: CopyEngine, is_off: bool) -> None:
         self._engine = engine
+        self.is_off = is_off
         self._ended: list[tuple[int, bytes, int]] = []
         self._numbers = 0
 
@@ -91,7 +93,7 @@ class BrokenCopies:
 class SlowToClose:
     """A copy engine whose end takes long, as that of a large pool with a GPU does."""
 
-    backend, error = "cpu", ""
+    backend, error, is_off = "cpu", "", False
 
     def __init__(self, engine: CopyEngine) -> None:
         self._engine = engine
@@ -124,10 +126,10 @@ def test_no_step_waits_for_the_end_of_a_replaced_pool(make_engine: MakeEngine) -
     assert not replaced._lock.held
 
 
-def break_copies(engine: MiniEngine) -> None:
+def break_copies(engine: MiniEngine, *, is_off: bool = False) -> None:
     engine.step()  # an empty one will do
     attached = engine.worker._worker._attached
-    attached.engine = BrokenCopies(attached.engine)
+    attached.engine = BrokenCopies(attached.engine, is_off)
 
 
 def test_load_that_the_device_refuses_is_computed(
@@ -155,12 +157,50 @@ def test_store_that_the_device_refuses_is_skipped(make_engine: MakeEngine, daemo
     assert engine.free_blocks == 255
 
 
+def test_a_device_that_was_switched_off_is_not_asked_again(
+    make_engine: MakeEngine, daemon: Daemon
+) -> None:
+    engine = make_engine()
+    engine.generate(PROMPT, 1)
+    until(lambda: daemon.counter("ready") == BLOCKS)
+    break_copies(engine, is_off=True)
+    for _ in range(3):
+        engine.reset_prefix_cache()
+        assert engine.generate(PROMPT) == (expected_output(PROMPT), 0)
+    assert engine.stats["load_failed_blocks:device"] == BLOCKS
+    assert engine.stats["misses:device"] == 2
+    skipped = engine.stats.get("store_skipped_blocks:copy_failed", 0)
+    engine.generate(prompt_of(2, 5 * BLOCK))
+    assert engine.stats.get("store_skipped_blocks:copy_failed", 0) == skipped
+
+
+def test_a_device_that_was_switched_off_gets_another_chance_with_another_pool(
+    make_engine: MakeEngine, daemon: Daemon
+) -> None:
+    engine = make_engine()
+    break_copies(engine, is_off=True)
+    engine.generate(PROMPT, 1)
+    assert engine.connector._scheduler._link.device_off
+    daemon.kill()
+    shutil.rmtree(daemon.paths.folder)
+    daemon.start()
+
+    def stored_there() -> bool:
+        engine.reset_prefix_cache()
+        engine.generate(PROMPT, 1)
+        return daemon.counter("ready") == BLOCKS
+
+    until(stored_there, "the new pool")
+    engine.reset_prefix_cache()
+    assert engine.generate(PROMPT) == (expected_output(PROMPT), BLOCKS * BLOCK)
+
+
 class ChangingDevice:
     """A copy engine whose device is a GPU, as far as it tells."""
 
     def __init__(self, engine: CopyEngine) -> None:
         self._engine = engine
-        self.backend, self.error = "cuda Fake, not calibrated yet", ""
+        self.backend, self.error, self.is_off = "cuda Fake, not calibrated yet", "", False
 
     def poll(self) -> list[tuple[int, bytes, int]]:
         return self._engine.poll()

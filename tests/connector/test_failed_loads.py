@@ -163,7 +163,7 @@ def test_slot_that_is_no_longer_the_block(loader: MiniEngine) -> None:
 class StuckCopies:
     """A copy engine whose first loads never end by themselves."""
 
-    backend, error = "cpu", ""
+    backend, error, is_off = "cpu", "", False
 
     def __init__(self, engine: CopyEngine) -> None:
         self._engine = engine
@@ -208,7 +208,7 @@ class StuckCopies:
 class CreepingCopies:
     """A copy engine whose load takes `batches`, one of which ends at each poll."""
 
-    backend, error = "cpu", ""
+    backend, error, is_off = "cpu", "", False
 
     def __init__(self, engine: CopyEngine, batches: int, batch_s: float) -> None:
         self._engine = engine

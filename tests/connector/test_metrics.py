@@ -66,3 +66,7 @@ def test_reports_of_several_workers_are_merged() -> None:
     one = KVPoolWorkerMetadata({1: JobReport(1, b"\0\0"), 2: JobReport(1, b"\0")})
     other = KVPoolWorkerMetadata({1: JobReport(1, b"\0\2")})
     assert one.aggregate(other).reports == {1: JobReport(2, b"\0\2"), 2: JobReport(1, b"\0")}
+    assert not one.aggregate(other).device_off
+    other.device_off = True
+    assert one.aggregate(other).device_off
+    assert other.aggregate(one).device_off

@@ -104,9 +104,9 @@ class KVPoolConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: Any) -> None:
         if self._scheduler is not None:
-            metadata = connector_output.kv_connector_worker_meta
-            reports = metadata.reports if isinstance(metadata, KVPoolWorkerMetadata) else {}
-            self._scheduler.end_step(connector_output.finished_recving or (), reports)
+            told = connector_output.kv_connector_worker_meta
+            told = told if isinstance(told, KVPoolWorkerMetadata) else KVPoolWorkerMetadata()
+            self._scheduler.end_step(connector_output.finished_recving or (), told)
 
     def request_finished(
         self, request: Any, block_ids: list[int]

@@ -74,6 +74,8 @@ class PoolLink:
         as that pool, which never uses it again."""
         self._pool_id = ""
         """Of that pool; "" before there is one."""
+        self.device_off = False
+        """A worker's device refuses all copies with that pool for good: none is to be asked for."""
         self.client: PoolClient | None = None
         self.mask = b""
         """Turns block hashes into block keys."""
@@ -168,6 +170,7 @@ class PoolLink:
         if view is not None and view.pool_id != self._pool_id:
             self._pool_id = view.pool_id
             self._damaged.clear()
+            self.device_off = False
 
     def _note_there(self, client_id: str, knew_pool: bool) -> None:
         if not knew_pool:

@@ -131,6 +131,8 @@ class LoadPlanner:
             return "engine"
         if record.load_failed:
             return "load_failed"
+        if self._link.device_off:
+            return "device"
         return "lora" if record.ambiguous_lora else ""
 
     def end(self, record: RequestRecord) -> int:

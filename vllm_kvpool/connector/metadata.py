@@ -114,10 +114,12 @@ class JobReport:
 @dataclass
 class KVPoolWorkerMetadata(KVConnectorWorkerMetadata):
     reports: dict[int, JobReport] = field(default_factory=dict)
+    device_off: bool = False
+    """A worker's device refuses all copies for good."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVPoolWorkerMetadata:
         assert isinstance(other, KVPoolWorkerMetadata)
         merged = dict(self.reports)
         for number, report in other.reports.items():
             merged[number] = report.merged(merged.get(number))
-        return KVPoolWorkerMetadata(merged)
+        return KVPoolWorkerMetadata(merged, self.device_off or other.device_off)

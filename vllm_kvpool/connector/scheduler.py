@@ -18,8 +18,8 @@ from vllm_kvpool.connector.hints import HintReader
 from vllm_kvpool.connector.link import PoolLink
 from vllm_kvpool.connector.loads import LoadPlanner
 from vllm_kvpool.connector.metadata import (
-    JobReport,
     KVPoolMetadata,
+    KVPoolWorkerMetadata,
     PoolAttachment,
     WorkerLayout,
 )
@@ -142,10 +142,12 @@ class SchedulerSide:
         self._announced = attachment
         return attachment
 
-    def end_step(self, loaded: Collection[str], reports: Mapping[int, JobReport]) -> None:
+    def end_step(self, loaded: Collection[str], told: KVPoolWorkerMetadata) -> None:
         """All that comes in, the daemon's answers too: the other threads of the engine are at rest now. When the next
         step is planned they wait for their turn, and would take it at our first system call."""
-        for number, report in reports.items():
+        if told.device_off:
+            self._link.device_off = True
+        for number, report in told.reports.items():
             known = self._loads.report(number, report) or self._stores.report(number, report)
             assert known, f"a worker reports job {number}, which is not in flight"
         self._loads.end_step(loaded)

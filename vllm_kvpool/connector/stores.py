@@ -119,7 +119,8 @@ class StorePlanner:
 
     def _may_store(self, record: RequestRecord) -> bool:
         long_enough = record.request.num_prompt_tokens >= self._config.min_store_tokens
-        return record.may_store and long_enough and not record.loading
+        may_store = record.may_store and not self._link.device_off
+        return may_store and long_enough and not record.loading
 
     def _skip_present(self, record: RequestRecord, end: int) -> None:
         keys = record.keys(self._link.mask)[record.cursor * KEY_BYTES : end * KEY_BYTES]

@@ -338,7 +338,10 @@ class WorkerSide:
 
     def take_reports(self) -> KVPoolWorkerMetadata | None:
         reports, self._reports = self._reports, {}
-        return KVPoolWorkerMetadata(reports) if reports else None
+        if not reports:
+            return None
+        device_off = self._attached is not None and self._attached.engine.is_off
+        return KVPoolWorkerMetadata(reports, device_off)
 
     def take_stats(self) -> KVPoolStats | None:
         return self._stats.taken()

@@ -69,8 +69,9 @@ class CopyEngine {
     // Until `job` has ended, or so many milliseconds. Whether it has.
     bool wait(uint64_t job, uint64_t milliseconds);
     // For how long no batch of any load has ended, while loads are under way; 0 without any. A load may be long, and
-    // many wait for each other: what matters is whether they get on.
-    uint64_t loads_stand_still_ns() const;
+    // many wait for each other: what matters is whether they get on. It counts from the first call that finds the
+    // oldest of them free to begin: what its stream was given before may take as long as it likes. One thread calls it.
+    uint64_t loads_stand_still_ns();
     void cancel(uint64_t job);
     void close();  // cancels all, joins the threads and lets go of the pool; `poll` may follow
 
@@ -82,6 +83,7 @@ class CopyEngine {
         Fence fence;
         std::vector<CopyStatus> status;
         uint64_t started_ns;
+        uint64_t free_ns = 0;   // when it was first seen to be free to begin
         size_t next = 0;        // first block that no thread has taken
         size_t busy = 0;        // batches being copied now
         size_t on_the_way = 0;  // blocks, of batches without a bad one

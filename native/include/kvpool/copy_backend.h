@@ -1,9 +1,9 @@
 // How bytes move between KV memory and pool slots; `CopyEngine` decides what moves and when.
 //
 // Contract: `copy` returns when the bytes are where they belong, or never will be: no write arrives later. It is called
-// by the engine's threads, by each with its own number. `fence` and `order_after_loads` are called by whoever submits
-// jobs and never wait. After `close` nothing of the backend touches memory; it is called when no `copy` runs and none
-// will.
+// by the engine's threads, by each with its own number. `fence`, `has_passed` and `order_after_loads` are called by
+// whoever submits jobs and never wait. After `close` nothing of the backend touches memory; it is called when no `copy`
+// runs and none will.
 #pragma once
 
 #include <cstdint>
@@ -56,6 +56,7 @@ class CopyBackend {
     // How many of a job's blocks `copy` is given at once, at most, from block `first` on.
     virtual size_t batch_blocks(size_t job_blocks, size_t first) const = 0;
     virtual Fence fence(uint64_t stream) = 0;
+    virtual bool has_passed(const Fence&) { return true; }  // whether what was before it has ended
     // What `stream` is given from now on comes after all loads that are on the way. False: it does not.
     virtual bool order_after_loads(uint64_t stream) = 0;
     // False: the device refused, see `error`; what has arrived of the bytes is unknown. `on_the_way` is called when it
@@ -67,6 +68,7 @@ class CopyBackend {
     // For the log and for tests.
     virtual std::string describe() const = 0;
     virtual std::string error() const = 0;          // the last one; empty while all went well
+    virtual bool is_off() const { return false; }   // no copy succeeds any more
     virtual uint64_t registered_bytes() const = 0;  // of the pool, known to the device
     virtual CopyCosts costs() const = 0;            // until `close`
 
