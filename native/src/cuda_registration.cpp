@@ -10,7 +10,7 @@
 namespace kvpool::cuda {
 namespace {
 
-constexpr uint64_t kChunkBytes = 64 << 20;  // or one slab: some 5 ms, for which the engine may wait
+constexpr uint64_t kChunkBytes = 64 << 20;  // or one slab: some 5 to 8 ms, for which the engine may wait
 
 // A range can be registered once in a process, and engines over one view share their mapping.
 class Registrations {

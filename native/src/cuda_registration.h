@@ -1,8 +1,8 @@
 // Registers the pool's slabs with CUDA, so that a device reads and writes them without a detour.
 //
-// In chunks: a driver refuses ranges of hundreds of GiB, and may hold up other calls while it works on one (about 50 ms
-// a GiB). A chunk is registered when the daemon has made all of its pages; before that the pages would be ours to make
-// and to pay for. Chunks are whole slabs, so no slot lies in two.
+// In chunks: a driver refuses ranges of hundreds of GiB, and may hold up other calls while it works on one (70 to 130
+// ms a GiB). A chunk is registered when the daemon has made all of its pages; before that the pages would be ours to
+// make and to pay for. Chunks are whole slabs, so no slot lies in two.
 #pragma once
 
 #include <atomic>
