@@ -91,7 +91,7 @@ class CudaBackend final : public CopyBackend {
     std::array<std::unique_ptr<Lane>, kThreads> lanes_;
     PoolRegistration registration_;
 
-    // Written, like each lane's staging, before the first chunk is registered; read for registered ones only.
+    // Written, like each lane's staging, before `chosen_` is set; read afterwards.
     std::unique_ptr<Gather> gather_;
     Ways ways_;
     std::atomic<bool> chosen_{false};
@@ -223,15 +223,13 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
     bool registered = is_registered(shards);
     if (registered) {
         driver_.stream_wait_event(stream, fenced, 0);
-        if (lane.staging != nullptr) return lane.staging->enqueue(direction, shards, stream);
-    }
-    std::vector<Run> runs = runs_of(merged_, shards);
-    if (registered) {
-        cuda::enqueue(driver_, direction, runs, stream);
     } else {
         driver_.event_synchronize(fenced);  // not in the driver, which might hold up other threads meanwhile
-        enqueue_each(driver_, direction, runs, stream);
     }
+    EnqueueRuns* enqueue_runs = registered ? cuda::enqueue : enqueue_each;
+    if (chosen_ && lane.staging != nullptr) return lane.staging->enqueue(direction, shards, stream, enqueue_runs);
+    std::vector<Run> runs = runs_of(merged_, shards);
+    enqueue_runs(driver_, direction, runs, stream);
     return runs.size();
 }
 

@@ -105,7 +105,8 @@ Ways try_out(const Driver& driver, const std::vector<Region>& merged) {
         Cost direct = measure(driver, stream, [&](CUstream s) {
             enqueue(driver, direction, runs_of(scratch.regions, scratch.blocks), s);
         });
-        Cost staged = measure(driver, stream, [&](CUstream s) { staging.enqueue(direction, scratch.blocks, s); });
+        Cost staged =
+            measure(driver, stream, [&](CUstream s) { staging.enqueue(direction, scratch.blocks, s, enqueue); });
         return Trial{direct, staged, scratch.blocks.size() * scratch.block_bytes};
     };
     return {trial(Direction::kLoad).better(), trial(Direction::kStore).better()};

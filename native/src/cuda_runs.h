@@ -19,9 +19,8 @@ struct Run {
 std::vector<Region> merge_regions(const std::vector<Region>& regions);
 std::vector<Run> runs_of(const std::vector<Region>& merged, const std::vector<BlockShard>& blocks);
 
-// For registered memory, all in one call where the driver has it.
-void enqueue(const Driver& driver, Direction direction, const std::vector<Run>& runs, CUstream stream);
-// For any memory; may return late.
-void enqueue_each(const Driver& driver, Direction direction, const std::vector<Run>& runs, CUstream stream);
+using EnqueueRuns = void(const Driver& driver, Direction direction, const std::vector<Run>& runs, CUstream stream);
+EnqueueRuns enqueue;       // for registered memory, all in one call where the driver has it
+EnqueueRuns enqueue_each;  // for any memory, through pinned buffers of the driver's; may return late
 
 }  // namespace kvpool::cuda

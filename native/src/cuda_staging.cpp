@@ -23,16 +23,17 @@ Staging::Staging(const Driver& driver, const Gather& gather, uint64_t payload_by
     gather_.warm_up(kernel_);
 }
 
-size_t Staging::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const {
+size_t Staging::enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream,
+                        EnqueueRuns* enqueue_runs) const {
     size_t copies = 0;
     for (size_t first = 0; first < blocks.size(); first += room_) {
         auto begin = blocks.begin() + static_cast<ptrdiff_t>(first);
         auto count = static_cast<ptrdiff_t>(std::min<size_t>(room_, blocks.size() - first));
         std::vector<BlockShard> part(begin, begin + count);
         std::vector<Run> staged = runs(part);
-        if (direction == Direction::kLoad) cuda::enqueue(driver_, direction, staged, stream);
+        if (direction == Direction::kLoad) enqueue_runs(driver_, direction, staged, stream);
         gather_.enqueue(direction, part, buffer_.get(), stride_, kernel_, stream);
-        if (direction == Direction::kStore) cuda::enqueue(driver_, direction, staged, stream);
+        if (direction == Direction::kStore) enqueue_runs(driver_, direction, staged, stream);
         copies += staged.size();
     }
     return copies;

@@ -25,8 +25,10 @@ class Staging {
     Staging(const Driver& driver, const Gather& gather, uint64_t payload_bytes, uint64_t stride,
             const PoolRegistration* registration);
 
-    // For registered memory. Calls for the same buffer are to use the same stream. Returns the number of copies.
-    size_t enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream) const;
+    // `enqueue_runs`: as the pool's memory wants it. Calls for the same buffer are to use the same stream. Returns the
+    // number of copies.
+    size_t enqueue(Direction direction, const std::vector<BlockShard>& blocks, CUstream stream,
+                   EnqueueRuns* enqueue_runs) const;
 
   private:
     std::vector<Run> runs(const std::vector<BlockShard>& blocks) const;
