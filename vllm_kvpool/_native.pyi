@@ -208,8 +208,8 @@ class CopyEngine:
     error: str
     """The last error of the device, "cuGraphLaunch: CUDA_ERROR_ILLEGAL_ADDRESS"; "" while there was none."""
     is_off: bool
-    """Whether the device is not asked any more, and all copies fail: after three failed loads or stores in a row, or
-    one error that ends the CUDA context."""
+    """Whether the device is not asked any more, and all copies fail: after three failed batches of loads in a row, or
+    of stores, or one error that ends the CUDA context."""
     registered_bytes: int
     """Of the pool, known to the device by now. How `backend` copies them is decided once there are any."""
     costs: dict[str, int]

@@ -97,7 +97,7 @@ class CudaBackend final : public CopyBackend {
     std::atomic<bool> chosen_{false};
 
     // In a row, each of its kind: loads that succeed say nothing of stores.
-    std::atomic<int> load_failures_{0}, store_failures_{0}, stream_failures_{0};
+    std::atomic<int> load_failures_{0}, store_failures_{0}, fence_failures_{0}, order_failures_{0};
     std::atomic<bool> off_{false};
 
     mutable std::mutex mutex_;  // guards what follows
@@ -156,10 +156,10 @@ Fence CudaBackend::fence(uint64_t stream) {
     if (off_) return nullptr;
     try {
         Fence fence = fences_.record(stream);
-        stream_failures_ = 0;
+        fence_failures_ = 0;
         return fence;
     } catch (const CudaError& error) {
-        refused(error, stream_failures_);
+        refused(error, fence_failures_);
         return nullptr;
     }
 }
@@ -178,9 +178,10 @@ bool CudaBackend::order_after_loads(uint64_t stream) {
             if (!serves(thread, Direction::kLoad)) continue;
             driver_.stream_wait_event(reinterpret_cast<CUstream>(stream), lanes_[thread]->done.get(), 0);
         }
+        order_failures_ = 0;
         return true;
     } catch (const CudaError& error) {
-        refused(error, stream_failures_);
+        refused(error, order_failures_);
         return false;
     }
 }
@@ -227,7 +228,9 @@ size_t CudaBackend::enqueue(Lane& lane, Direction direction, const std::vector<B
         driver_.event_synchronize(fenced);  // not in the driver, which might hold up other threads meanwhile
     }
     EnqueueRuns* enqueue_runs = registered ? cuda::enqueue : enqueue_each;
-    if (chosen_ && lane.staging != nullptr) return lane.staging->enqueue(direction, shards, stream, enqueue_runs);
+    // A store to other memory would wait in the driver for the kernel, which comes after all that the engine computes.
+    bool staged = registered || direction == Direction::kLoad;
+    if (staged && chosen_ && lane.staging) return lane.staging->enqueue(direction, shards, stream, enqueue_runs);
     std::vector<Run> runs = runs_of(merged_, shards);
     enqueue_runs(driver_, direction, runs, stream);
     return runs.size();

@@ -157,16 +157,36 @@ TEST(a_job_is_shared_out_evenly_in_batches_of_some_size) {
 TEST(slabs_that_are_not_registered_are_copied_all_the_same) {
     for (CudaWay way : {CudaWay::kDriver, CudaWay::kStaged}) {
         Device device(way, k13, false);
-        uint64_t launches = device.cuda->calls("cuGraphLaunch"), single = device.cuda->calls("cuMemcpyDtoHAsync");
-        CHECK(all(device.store(), CopyStatus::kOk));
-        CHECK_EQ(device.cuda->calls("cuMemcpyDtoHAsync"), single + (way == CudaWay::kStaged ? 8 : 8 * 4));
+        bool staged = way == CudaWay::kStaged;
+        uint64_t launches = device.cuda->calls("cuGraphLaunch");
+        uint64_t stores = device.cuda->calls("cuMemcpyDtoHAsync"), loads = device.cuda->calls("cuMemcpyHtoDAsync");
+        device.round_trip();
+        CHECK_EQ(device.cuda->calls("cuMemcpyDtoHAsync"), stores + 8 * 4);
+        CHECK_EQ(device.cuda->calls("cuMemcpyHtoDAsync"), loads + (staged ? 8 : 8 * 4));
+        CHECK_EQ(device.cuda->calls("cuGraphLaunch"), launches + (staged ? 1 : 0));
         CHECK_EQ(device.engine->backend().registered_bytes(), 0u);
         populate(*device.slots.file);
         until([&] { return device.engine->backend().registered_bytes() > 0; });
-        device.slots.set_all(SlotState::kReady);
+        device.slots.set_all(SlotState::kWriting);
+        device.round_trip();
+        CHECK_EQ(device.cuda->calls("cuMemcpyDtoHAsync"), stores + 8 * 4);
+        CHECK_EQ(device.cuda->calls("cuGraphLaunch"), launches + (staged ? 3 : 0));
+    }
+}
+
+TEST(blocks_are_copied_before_a_way_is_chosen) {
+    Device device(CudaWay::kStaged, k13, false);
+    CHECK(all(device.store(), CopyStatus::kOk));
+    device.slots.set_all(SlotState::kReady);
+    for (uint64_t seed = 2; seed < 30; ++seed) {
+        Bytes stored = device.memory.block(7);
+        device.memory.fill(seed);
+        device.engine = device.start(CudaWay::kStaged, k13);
         CHECK(all(device.load(), CopyStatus::kOk));
-        for (uint32_t i = 0; i < 8; ++i) CHECK(device.memory.block(10 + i) == device.memory.block(i));
-        CHECK_EQ(device.cuda->calls("cuGraphLaunch"), launches + (way == CudaWay::kStaged ? 2 : 0));
+        CHECK(device.memory.block(17) == stored);
+        device.slots.set_all(SlotState::kWriting);
+        CHECK(all(device.store(), CopyStatus::kOk));
+        device.slots.set_all(SlotState::kReady);
     }
 }
 

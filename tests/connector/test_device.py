@@ -170,8 +170,9 @@ def test_a_device_that_was_switched_off_is_not_asked_again(
     assert engine.stats["load_failed_blocks:device"] == BLOCKS
     assert engine.stats["misses:device"] == 2
     skipped = engine.stats.get("store_skipped_blocks:copy_failed", 0)
-    engine.generate(prompt_of(2, 5 * BLOCK))
+    engine.generate(prompt_of(2, 5 * BLOCK), 1)
     assert engine.stats.get("store_skipped_blocks:copy_failed", 0) == skipped
+    assert engine.stats["store_skipped_blocks:device"] == 5
 
 
 def test_a_device_that_was_switched_off_gets_another_chance_with_another_pool(

@@ -115,12 +115,15 @@ class StorePlanner:
             for _ in range(MAX_LAST_ASKS):
                 self._ask(record, end)
         if end > record.cursor:
-            self._stats.count("store_skipped_blocks", end - record.cursor, reason="ended")
+            self._stats.count(
+                "store_skipped_blocks",
+                end - record.cursor,
+                reason="device" if self._link.device_off else "ended",
+            )
 
     def _may_store(self, record: RequestRecord) -> bool:
         long_enough = record.request.num_prompt_tokens >= self._config.min_store_tokens
-        may_store = record.may_store and not self._link.device_off
-        return may_store and long_enough and not record.loading
+        return record.may_store and long_enough and not record.loading
 
     def _skip_present(self, record: RequestRecord, end: int) -> None:
         keys = record.keys(self._link.mask)[record.cursor * KEY_BYTES : end * KEY_BYTES]
@@ -129,7 +132,8 @@ class StorePlanner:
     @property
     def _room(self) -> int:
         """Blocks that may be asked for in this step."""
-        return 0 if self._refused else self._max_pinned - self._num_pinned
+        idle = self._refused or self._link.device_off
+        return 0 if idle else self._max_pinned - self._num_pinned
 
     def _ask(self, record: RequestRecord, end: int) -> None:
         """For the next of the blocks before `end`, if there are any."""

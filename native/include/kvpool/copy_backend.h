@@ -80,7 +80,7 @@ class CopyBackend {
 // By so many threads, a block at a time.
 std::unique_ptr<CopyBackend> cpu_backend(std::vector<Region> regions, unsigned threads);
 
-// How a GPU backend moves registered memory.
+// How a GPU backend moves blocks.
 enum class CudaWay {
     kCalibrated,  // whichever is better for the layout on that device, tried out at start
     kDriver,      // a copy by the driver for each fragment, in batches
