@@ -49,8 +49,8 @@ FIRST_TOKENS = 3_000
 """Of what an engine computes before anything else."""
 ROOM_TOKENS = 4_096
 """Of KV cache, for that and for whatever is not one of the prompts."""
-REPEATS = {2_048: 28, 16_384: 14, 1 << 30: 7}
-"""Prompts of a length, by the longest one that so many are for: single short ones say little."""
+REPEATS, LONG_REPEATS = {2_048: 28, 16_384: 14}, 7
+"""Prompts of a length, by the longest one that so many are for, and of longer ones: single short ones say little."""
 KINDS = ("recompute", "vram", "pool")
 ROUNDS: dict[str, tuple[str | None, ...]] = {
     "none": ("recompute", "vram", None),
@@ -207,7 +207,8 @@ def repeats_of(lengths: list[int], repeats: list[int] | None) -> dict[int, int]:
     """How many prompts of each length are timed. ConfigError."""
     if repeats is None:
         return {
-            length: next(n for most, n in REPEATS.items() if length <= most) for length in lengths
+            length: next((n for most, n in REPEATS.items() if length <= most), LONG_REPEATS)
+            for length in lengths
         }
     if len(repeats) != len(lengths):
         fix = f"give a number for each of the {len(lengths)} lengths, or leave it out"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -126,6 +127,12 @@ class Daemon:
     def kill(self) -> None:
         self.process.kill()
         self._end()
+
+    def replace_pool(self) -> None:
+        """Another daemon and pool in the place of these."""
+        self.kill()
+        shutil.rmtree(self.paths.folder)
+        self.start()
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """A clean end; the daemon checks its pool's integrity then and returns 1 if it is

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -182,9 +181,7 @@ def test_a_device_that_was_switched_off_gets_another_chance_with_another_pool(
     break_copies(engine, is_off=True)
     engine.generate(PROMPT, 1)
     assert engine.connector._scheduler._link.device_off
-    daemon.kill()
-    shutil.rmtree(daemon.paths.folder)
-    daemon.start()
+    daemon.replace_pool()
 
     def stored_there() -> bool:
         engine.reset_prefix_cache()

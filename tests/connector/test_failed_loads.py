@@ -6,7 +6,6 @@ Every test also checks that leases and KV blocks are all given back.
 from __future__ import annotations
 
 import itertools
-import shutil
 import time
 from collections.abc import Callable, Iterator
 
@@ -81,9 +80,7 @@ def test_damage_is_forgotten_with_its_pool(loader: MiniEngine, daemon: Daemon) -
     flip_byte(loader, 4)
     loader.generate(PROMPT)
     assert loader.stats["load_failed_blocks:checksum"] == 1
-    daemon.kill()
-    shutil.rmtree(daemon.paths.folder)
-    daemon.start()
+    daemon.replace_pool()
     pool_id = daemon.stats()["pool"]["pool_id"]
 
     def stored_there() -> bool:
@@ -100,9 +97,7 @@ def test_damage_is_forgotten_with_its_pool(loader: MiniEngine, daemon: Daemon) -
 def test_while_a_replaced_pool_drains_there_is_none(loader: MiniEngine, daemon: Daemon) -> None:
     client, held = client_of(loader), refs_of(loader)
     assert client.lease(held) == held
-    daemon.kill()
-    shutil.rmtree(daemon.paths.folder)
-    daemon.start()
+    daemon.replace_pool()
 
     def draining() -> bool:
         loader.generate(prompt_of(2, 4 * BLOCK))

@@ -22,12 +22,6 @@ from vllm_kvpool.client import PoolClient
 from vllm_kvpool.types import num_refs
 
 
-def replace_pool(daemon: Daemon) -> None:
-    daemon.kill()
-    shutil.rmtree(daemon.paths.folder)
-    daemon.start()
-
-
 def wait_for_pool(client: PoolClient, daemon: Daemon) -> None:
     pool_id = daemon.stats()["pool"]["pool_id"]
 
@@ -50,7 +44,7 @@ def use(client: PoolClient) -> None:
 def test_client_moves_to_the_new_pool(daemon: Daemon, client: PoolClient) -> None:
     keys = keys_of("chain", 4)
     store(client, keys)
-    replace_pool(daemon)
+    daemon.replace_pool()
     wait_for_pool(client, daemon)
     assert client.match_prefix(keys) == b""
     store(client, keys)
@@ -63,7 +57,7 @@ def test_held_leases_are_drained_first(daemon: Daemon, client: PoolClient) -> No
     refs = client.match_prefix(keys)
     client.lease(refs)
     old = client.view
-    replace_pool(daemon)
+    daemon.replace_pool()
     until(lambda: (use(client), client.match_prefix(keys) == b"")[1], "draining")
     assert client.view is old
     assert not client.connected
@@ -79,7 +73,7 @@ def test_store_in_flight_never_reaches_the_new_pool(daemon: Daemon, client: Pool
     keys = keys_of("chain", 4)
     grant = prepare(client, keys)
     old = client.view
-    replace_pool(daemon)
+    daemon.replace_pool()
     until(lambda: (use(client), client._draining)[1], "draining")
     assert client.view is old
     client.complete_store(grant.request_id)
@@ -125,7 +119,7 @@ def test_deleted_folder(daemon: Daemon, client: PoolClient) -> None:
     store(client, keys)
     refs = client.match_prefix(keys)
     client.lease(refs)
-    replace_pool(daemon)
+    daemon.replace_pool()
     until(lambda: (use(client), client.lock_path.exists())[1])
     client.release(refs)
     wait_for_pool(client, daemon)
